@@ -1,0 +1,66 @@
+# Two commands matter: `make demo` and `make test`. Everything they need is made on the way.
+PYTHON ?= python3
+VENV ?= .venv
+# CPU-only users can name PyTorch's CPU index: make demo TORCH_INDEX="--index-url <address>"
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+# The wheel for a machine without network could be found by --find-links in pip's own configuration.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
+
+.PHONY: all setup models demo test lint format bench bench-ttft torture wheel-test clean help
+
+help:
+	@echo "make demo     a real model answers from spliced memories (first run sets everything up)"
+	@echo "make test     the test suite"
+	@echo "make lint     ruff, mypy, clang-format"
+	@echo "make bench    time to first token: full prefill, transformers, spliced"
+	@echo "make wheel-test   builds the wheel and tries it in a clean environment"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(BIN)/python
+	$(PIP) install $(TORCH) $(TORCH_INDEX)
+	@touch $@
+
+$(VENV)/.deps: pyproject.toml requirements.lock $(VENV)/.torch
+	$(PIP) install -c requirements.lock -r requirements.lock
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.deps $(NATIVE)
+	$(PIP) install --no-build-isolation --no-deps --quiet -e .
+	@touch $@
+
+setup: $(VENV)/.built
+
+models: setup
+	$(BIN)/memos-engine models pull smollm2
+	$(BIN)/memos-engine models pull minilm
+
+demo: models
+	$(BIN)/memos-engine demo
+
+test: models
+	$(BIN)/pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+bench bench-ttft: models
+	$(BIN)/memos-engine bench ttft
+
+wheel-test: setup
+	$(BIN)/python tests/wheel_check.py
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) memos_engine/*.so

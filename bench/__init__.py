@@ -1,0 +1,1 @@
+"""The latency harness: every program ends in one JSON line."""
