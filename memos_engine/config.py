@@ -1,0 +1,90 @@
+"""Settings as frozen dataclasses, validated when they are made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from memos_engine.errors import MemosEngineError
+
+DTYPES = ("float32", "bfloat16")
+FORMS = ("auto", "text", "kv", "none")
+
+
+class ConfigError(MemosEngineError, ValueError):
+    """A setting is out of range; the message says which and what is allowed."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """How the decoder runs.
+
+    dtype: compute and page dtype. page: tokens a KV page holds. pool_tokens: KV pool size in tokens
+    (None: the model's window, at most 4096). prefill_chunk: most rows of one prefill forward.
+    """
+
+    dtype: str = "float32"
+    page: int = 16
+    pool_tokens: int | None = None
+    prefill_chunk: int = 2048
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in DTYPES, f"dtype={self.dtype!r}: use one of {', '.join(DTYPES)}.")
+        _require(self.page >= 1, f"page={self.page}: a page holds at least one token (16 is usual).")
+        _require(self.pool_tokens is None or self.pool_tokens >= self.page, "pool_tokens: at least one page.")
+        _require(self.prefill_chunk >= 1, "prefill_chunk: at least one token.")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. temperature 0 is greedy; seed makes sampling repeatable.
+
+    top_k 0 and top_p 1 switch those filters off. stop_token_ids end the answer and are not part of it.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens}: must be at least 1.")
+        _require(
+            math.isfinite(self.temperature) and self.temperature >= 0,
+            f"temperature={self.temperature}: must be 0 (greedy) or positive.",
+        )
+        _require(self.top_k >= 0, f"top_k={self.top_k}: must be 0 (off) or positive.")
+        _require(0 < self.top_p <= 1, f"top_p={self.top_p}: must be in (0, 1].")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """How memories enter a request.
+
+    form: auto (stored KV where there is a usable record, else text), kv, text or none. max_memories: most
+    memories of one request. min_score: cosine below which a memory is left out. build: make missing KV
+    records after the reply, off the request's path. host_bytes: records kept decoded in host memory.
+    """
+
+    form: str = "auto"
+    max_memories: int = 4
+    min_score: float = 0.15
+    build: bool = True
+    host_bytes: int = 128 << 20
+
+    def __post_init__(self) -> None:
+        _require(self.form in FORMS, f"form={self.form!r}: use one of {', '.join(FORMS)}.")
+        _require(self.max_memories >= 0, "max_memories: must not be negative.")
+        _require(-1 <= self.min_score <= 1, "min_score: a cosine, so between -1 and 1.")
+        _require(self.host_bytes >= 0, "host_bytes: must not be negative.")

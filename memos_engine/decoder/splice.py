@@ -1,0 +1,25 @@
+"""KV records in and out of pages."""
+
+from __future__ import annotations
+
+import torch
+
+from memos_engine.decoder.kvcache import KVCache
+from memos_engine.decoder.model import LlamaDecoder
+from memos_engine.decoder.sequence import Splice
+from memos_engine.errors import PayloadError
+
+
+def splice(model: LlamaDecoder, cache: KVCache, part: Splice, slots: torch.Tensor) -> None:
+    """Writes a record's rows into the pages, K rotated once to its positions.
+
+    slots: `[rows] int64`, one per row from `part.skip` on.
+    """
+    spec, record = model.spec, part.record
+    if (record.k.shape[0], *record.k.shape[2:]) != (spec.num_layers, spec.num_kv_heads, spec.head_dim):
+        raise PayloadError(f"A record of shape {tuple(record.k.shape)} does not fit this model.", "identity")
+    k, v = record.k[:, part.skip :], record.v[:, part.skip :]
+    positions = torch.arange(part.start, part.start + k.shape[1], dtype=torch.int32, device=slots.device)
+    model.ops.splice_kv(
+        k.to(slots.device), v.to(slots.device), cache.k, cache.v, slots, positions, model.cos_sin
+    )

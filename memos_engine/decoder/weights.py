@@ -1,0 +1,209 @@
+"""Model weights: memory-mapped from safetensors, converted in a stream, or shared with a live model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memos_engine.decoder.spec import ModelSpec
+from memos_engine.errors import ModelFilesError
+
+_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer. Projections are `[out, in]`, norms `[hidden]`."""
+
+    input_norm: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    post_norm: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+_LAYER_NAMES = {
+    "input_norm": "input_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "post_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+class Weights:
+    """All tensors of a model by their Hugging Face names, checked against its spec.
+
+    Nothing is copied: tensors stay where they are (a memory map, or the live model's parameters).
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
+        self.tensors = {name: _checked(tensors, name, shape) for name, shape in expected_shapes(spec).items()}
+        dtypes = {tensor.dtype for tensor in self.tensors.values()}
+        devices = {tensor.device for tensor in self.tensors.values()}
+        if len(dtypes) != 1 or len(devices) != 1:
+            raise ModelFilesError(
+                f"Weights must have one dtype and one device, found {sorted(map(str, dtypes))} on "
+                f"{sorted(map(str, devices))}. Move the model with `.to(device, dtype)` first."
+            )
+        self.dtype = dtypes.pop()
+        self.device = devices.pop()
+        self.embed = self.tensors["model.embed_tokens.weight"]
+        self.norm = self.tensors["model.norm.weight"]
+        self.lm_head = self.embed if spec.tie_embeddings else self.tensors["lm_head.weight"]
+        self.layers = [
+            LayerWeights(
+                **{
+                    field: self.tensors[f"model.layers.{i}.{name}.weight"]
+                    for field, name in _LAYER_NAMES.items()
+                }
+            )
+            for i in range(spec.num_layers)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over names, dtypes, shapes and contents: the same for a folder and for a live model
+        loaded from it. Computed at first use (about a second a gigabyte)."""
+        names = sorted(self.tensors)
+        with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
+            parts = list(pool.map(lambda name: _tensor_digest(self.tensors[name]), names))
+        total = hashlib.sha256()
+        for name, part in zip(names, parts, strict=True):
+            tensor = self.tensors[name]
+            total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + part)
+        return total.hexdigest()
+
+    def fingerprint(self) -> tuple[tuple[int, int], ...]:
+        """Cheap change detector for live models: address and version counter of every tensor."""
+        return tuple((tensor.data_ptr(), tensor._version) for tensor in self.tensors.values())
+
+    @classmethod
+    def from_folder(cls, folder: Path, spec: ModelSpec, dtype: torch.dtype) -> Weights:
+        """Loads `*.safetensors`. Tensors already in `dtype` stay memory-mapped; others are converted in a
+        stream of small reads, so that peak memory is the converted model."""
+        wanted = expected_shapes(spec)
+        tensors: dict[str, Tensor] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            tensors.update(_read_file(path, wanted, dtype))
+        return cls(tensors, spec)
+
+    @classmethod
+    def from_model(cls, model: Any, spec: ModelSpec) -> Weights:
+        """Shares the parameters of a live transformers model."""
+        return cls({name: tensor.detach() for name, tensor in model.named_parameters()}, spec)
+
+
+def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors a model of this spec has."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    layer = {
+        "input_norm": (hidden,),
+        "q": (q, hidden),
+        "k": (kv, hidden),
+        "v": (kv, hidden),
+        "o": (hidden, q),
+        "post_norm": (hidden,),
+        "gate": (inner, hidden),
+        "up": (inner, hidden),
+        "down": (hidden, inner),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (spec.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not spec.tie_embeddings:
+        shapes["lm_head.weight"] = (spec.vocab_size, hidden)
+    for i in range(spec.num_layers):
+        for field, shape in layer.items():
+            shapes[f"model.layers.{i}.{_LAYER_NAMES[field]}.weight"] = shape
+    return shapes
+
+
+def _checked(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise ModelFilesError(f"The model lacks the tensor {name}; pull it again or check the folder.")
+    if tuple(tensor.shape) != shape:
+        raise ModelFilesError(f"{name} has shape {tuple(tensor.shape)}, the config asks for {shape}.")
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _tensor_digest(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(memoryview(flat)).digest()
+
+
+def _read_file(
+    path: Path, wanted: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+            size = int.from_bytes(head, "little")
+            header = json.loads(file.read(size))
+            base = 8 + size
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            for name, entry in header.items():
+                if name not in wanted:
+                    continue
+                stored = _TORCH_DTYPES.get(entry["dtype"])
+                if stored is None:
+                    raise ModelFilesError(f"{path.name}: {name} is {entry['dtype']}; use F32, F16 or BF16.")
+                begin, end = entry["data_offsets"]
+                if base + end > len(mapped):
+                    raise ModelFilesError(f"{path} is truncated; pull the model again.")
+                shape = tuple(entry["shape"])
+                if stored == dtype:
+                    yield name, torch.frombuffer(mapped, dtype=dtype, count=_count(shape), offset=base + begin).view(shape)
+                else:
+                    file.seek(base + begin)
+                    yield name, _convert(file, shape, stored, dtype, end - begin)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelFilesError(f"{path} cannot be read as safetensors ({error}); pull the model again.") from error
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def _convert(
+    file: Any, shape: tuple[int, ...], stored: torch.dtype, dtype: torch.dtype, nbytes: int
+) -> Tensor:
+    out = torch.empty(_count(shape), dtype=dtype)
+    buffer = bytearray(min(_CHUNK_BYTES, nbytes))
+    done = 0
+    while nbytes:
+        view = memoryview(buffer)[: min(len(buffer), nbytes)]
+        if file.readinto(view) != len(view):
+            raise ModelFilesError(f"{file.name} is truncated; pull the model again.")
+        part = torch.frombuffer(view, dtype=stored)
+        out[done : done + part.numel()] = part.to(dtype)
+        done += part.numel()
+        nbytes -= len(view)
+    return out.view(shape)
