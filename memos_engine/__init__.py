@@ -2,4 +2,35 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "MemoryEngine": "memos_engine.api",
+    "UserMemory": "memos_engine.api",
+    "Reply": "memos_engine.reply",
+    "DecoderConfig": "memos_engine.config",
+    "MemoryConfig": "memos_engine.config",
+    "SamplingParams": "memos_engine.config",
+    "attach": "memos_engine.interfaces.attach",
+    "detach": "memos_engine.interfaces.attach",
+    "MemosEngineError": "memos_engine.errors",
+}
+__all__ = sorted([*_HOMES, "__version__"])  # noqa: PLE0605
+
+if TYPE_CHECKING:
+    from memos_engine.api import MemoryEngine, UserMemory
+    from memos_engine.config import DecoderConfig, MemoryConfig, SamplingParams
+    from memos_engine.errors import MemosEngineError
+    from memos_engine.interfaces.attach import attach, detach
+    from memos_engine.reply import Reply
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported at first use: the command line answers `--help` without loading torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from memos_engine.errors import MemosEngineError
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16")
 FORMS = ("auto", "text", "kv", "none")
 
 
@@ -24,11 +24,11 @@ def _require(condition: bool, message: str) -> None:
 class DecoderConfig:
     """How the decoder runs.
 
-    dtype: compute and page dtype. page: tokens a KV page holds. pool_tokens: KV pool size in tokens
+    dtype: compute and page dtype; auto takes bfloat16 where the machine computes in it, else float32. page: tokens a KV page holds. pool_tokens: KV pool size in tokens
     (None: the model's window, at most 4096). prefill_chunk: most rows of one prefill forward.
     """
 
-    dtype: str = "float32"
+    dtype: str = "auto"
     page: int = 16
     pool_tokens: int | None = None
     prefill_chunk: int = 2048
@@ -38,6 +38,20 @@ class DecoderConfig:
         _require(self.page >= 1, f"page={self.page}: a page holds at least one token (16 is usual).")
         _require(self.pool_tokens is None or self.pool_tokens >= self.page, "pool_tokens: at least one page.")
         _require(self.prefill_chunk >= 1, "prefill_chunk: at least one token.")
+
+
+    @property
+    def resolved_dtype(self) -> str:
+        return default_dtype() if self.dtype == "auto" else self.dtype
+
+
+def default_dtype() -> str:
+    """bfloat16 where the CPU (or a CUDA device) has instructions for it, else float32."""
+    import torch
+
+    if torch.cuda.is_available() or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"):
+        return "bfloat16"
+    return "float32"
 
 
 @dataclass(frozen=True)

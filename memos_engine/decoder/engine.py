@@ -55,6 +55,11 @@ class DecoderEngine:
         self._samplers: dict[int, Sampler] = {}
         self._lock = threading.RLock()
 
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens the KV pool holds."""
+        return (self.pool.num_blocks - 1) * self.pool.page
+
     # -- requests --------------------------------------------------------------------------------
 
     def add_request(self, spans: Seq[Span], params: SamplingParams | None = None, root: bytes = b"") -> Sequence:
@@ -180,7 +185,7 @@ class DecoderEngine:
         return StepOutput(seq, token, seq.finish_reason)
 
     def _longest(self) -> int:
-        return min(self.spec.max_positions, (self.pool.num_blocks - 1) * self.pool.page)
+        return min(self.spec.max_positions, self.pool_tokens)
 
     def forget_prefixes(self) -> None:
         """Drops all reusable pages: the weights changed, or an owner's memories must go."""

@@ -1,0 +1,397 @@
+"""MemoryEngine: a model, a store, and the way of a request between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from memos_engine.activation import ActivationMemory, Miss
+from memos_engine.config import DecoderConfig, MemoryConfig, SamplingParams
+from memos_engine.decoder.engine import DecoderEngine, StepOutput
+from memos_engine.decoder.record import KVRecord
+from memos_engine.decoder.sequence import KVSpan, Span, Stats, TextSpan
+from memos_engine.decoder.spec import ModelSpec
+from memos_engine.decoder.weights import Weights
+from memos_engine.errors import ContextLengthError, MemoryInputError, StoreError
+from memos_engine.memory.cube import MemCube, validate_text
+from memos_engine.memory.embed import Embedder, default_embedder
+from memos_engine.memory.governance import Principal
+from memos_engine.memory.operator import Candidate, MemOperator
+from memos_engine.memory.scheduler import KVAvailability, MemScheduler, Plan, PlanInput, PlanRequest
+from memos_engine.memory.store import HistoryEntry, MemoryStore
+from memos_engine.models import resolve
+from memos_engine.prompt import PromptLayout
+from memos_engine.reply import Prepared, Reply, TextStream
+
+
+class MemoryEngine:
+    """A decoder with memory. `open` loads a model; `from_model` shares a live transformers model."""
+
+    def __init__(
+        self,
+        decoder: DecoderEngine,
+        tokenizer: Any,
+        store: MemoryStore | None,
+        *,
+        embedder: Embedder | None = None,
+        memory: MemoryConfig | None = None,
+        system_prompt: str | None = None,
+        eos_token_ids: Sequence[int] = (),
+    ) -> None:
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.layout = PromptLayout(tokenizer, system_prompt)
+        self.store = store
+        self.config = memory or MemoryConfig()
+        self.scheduler = MemScheduler()
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.activation: ActivationMemory | None = None
+        self._embedder = embedder
+        self._operator: MemOperator | None = None
+        if store is not None:
+            self.activation = ActivationMemory(decoder, self.layout, store, self.config.host_bytes)
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path = "smollm2",
+        store: str | Path | None = None,
+        *,
+        decoder: DecoderConfig | None = None,
+        memory: MemoryConfig | None = None,
+        embedder: Embedder | None = None,
+        system_prompt: str | None = None,
+    ) -> MemoryEngine:
+        """Opens a pulled model (alias, hub id or folder) and a store directory (made if missing).
+
+        Raises ModelFilesError when the model was not pulled, UnsupportedModelError when the decoder cannot
+        run it, StoreError when the directory cannot be used.
+        """
+        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+        folder = resolve(str(model))
+        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        spec = ModelSpec.from_config(hf_config)
+        settings = decoder or DecoderConfig()
+        opened = None if store is None else MemoryStore.open(store)
+        try:
+            weights = Weights.from_folder(folder, spec, getattr(torch, settings.resolved_dtype))
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            try:
+                eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+            except OSError:
+                eos = hf_config.eos_token_id
+            return cls(
+                DecoderEngine(spec, weights, settings),
+                tokenizer,
+                opened,
+                embedder=embedder,
+                memory=memory,
+                system_prompt=system_prompt,
+                eos_token_ids=_as_tuple(eos) or _as_tuple(tokenizer.eos_token_id),
+            )
+        except BaseException:
+            if opened is not None:
+                opened.close()
+            raise
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        store: str | Path | None = None,
+        *,
+        decoder: DecoderConfig | None = None,
+        memory: MemoryConfig | None = None,
+        embedder: Embedder | None = None,
+    ) -> MemoryEngine:
+        """An engine over a live transformers model; parameters are shared, not copied."""
+        spec = ModelSpec.from_config(model.config)
+        weights = Weights.from_model(model, spec)
+        eos = model.generation_config.eos_token_id if model.generation_config else None
+        return cls(
+            DecoderEngine(spec, weights, decoder),
+            tokenizer,
+            None if store is None else MemoryStore.open(store),
+            embedder=embedder,
+            memory=memory,
+            eos_token_ids=_as_tuple(eos) or _as_tuple(tokenizer.eos_token_id),
+        )
+
+    def user(self, name: str, tenant: str = "default") -> UserMemory:
+        """The memories of one user; nobody else's can be seen through it."""
+        return UserMemory(self, Principal(tenant, name))
+
+    def close(self) -> None:
+        if self.store is not None:
+            self.store.close()
+
+    def __enter__(self) -> MemoryEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- the way of a request --------------------------------------------------------------------
+
+    @property
+    def embedder(self) -> Embedder:
+        """The sentence embedder, loaded at first use."""
+        if self._embedder is None:
+            self._embedder = default_embedder()
+        return self._embedder
+
+    @property
+    def operator(self) -> MemOperator:
+        """Retrieval over the store."""
+        if self._operator is None:
+            self._operator = MemOperator(self.opened_store, self.embedder)
+        return self._operator
+
+    @property
+    def opened_store(self) -> MemoryStore:
+        if self.store is None:
+            raise StoreError("This engine has no store. Open it with store=<directory> to use memories.")
+        return self.store
+
+    def prepare(
+        self,
+        principal: Principal,
+        query: str,
+        head: tuple[int, ...],
+        tail: tuple[int, ...],
+        *,
+        form: str | None = None,
+        max_memories: int | None = None,
+    ) -> Prepared:
+        """Retrieves, plans and lays out: head | memories | tail.
+
+        head: ids in front of the memories (the anchor, perhaps history); tail: ids behind them.
+        """
+        start = time.perf_counter()
+        form = form or self.config.form
+        limit = self.config.max_memories if max_memories is None else max_memories
+        candidates: list[Candidate] = []
+        if self.store is not None and form != "none" and limit > 0:
+            candidates = self.operator.recall(principal, query, k=limit)
+        retrieved = time.perf_counter()
+        records, inputs, texts = {}, [], {}
+        for candidate in candidates:
+            cube = candidate.cube
+            texts[cube.id] = self.layout.memory(cube.body or "")
+            found = self._record(principal, cube, form)
+            if isinstance(found, KVRecord):
+                records[cube.id] = found
+            inputs.append(
+                PlanInput(cube.id, candidate.score, len(texts[cube.id]), _availability(found))
+            )
+        fetched = time.perf_counter()
+        window = min(self.decoder.spec.max_positions, self.decoder.pool_tokens) - len(head) - len(tail) - 1
+        if window < 0:
+            raise ContextLengthError(
+                f"The prompt has {len(head) + len(tail)} tokens without any memory, more than the "
+                f"{window + len(head) + len(tail)} that fit. Shorten it or open a larger pool."
+            )
+        plan = self.scheduler.plan(
+            inputs,
+            PlanRequest(
+                form=form, max_memory_tokens=window, max_memories=limit, min_score=self.config.min_score
+            ),
+        )
+        spans = self._head(head, plan)
+        for segment in plan.segments:
+            cube_id = segment.cube_id
+            spans.append(KVSpan(records[cube_id]) if segment.form == "kv" else TextSpan(texts[cube_id]))
+        spans.append(TextSpan(tail))
+        planned = time.perf_counter()
+        timings = {
+            "retrieve": (retrieved - start) * 1e3,
+            "fetch": (fetched - retrieved) * 1e3,
+            "plan": (planned - fetched) * 1e3,
+        }
+        return Prepared(spans, plan, principal, {c.cube.id: c.cube for c in candidates}, timings)
+
+    def _head(self, head: tuple[int, ...], plan: Plan) -> list[Span]:
+        """What stands before the memories; the anchor comes from its own record where KV follows."""
+        anchor = self.layout.anchor
+        spans: list[Span] = []
+        spliced = any(segment.form == "kv" for segment in plan.segments)
+        if self.activation is not None and spliced and anchor and head[: len(anchor)] == anchor:
+            spans.append(self.activation.anchor())
+            head = head[len(anchor) :]
+        if head:
+            spans.append(TextSpan(head))
+        return spans
+
+    def _record(self, principal: Principal, cube: MemCube, form: str) -> KVRecord | Miss:
+        if form == "text" or self.activation is None:
+            return Miss("text was asked for")
+        return self.activation.lookup(principal, cube)
+
+    def run(
+        self, prepared: Prepared, params: SamplingParams, on_token: Callable[[StepOutput], None] | None = None
+    ) -> tuple[list[int], Stats, str]:
+        """Decodes a prepared request. Returns the answer's ids without a stop token, what it cost, and the
+        finish reason (stop or length)."""
+        root = b""
+        if self.store is not None:
+            root = self.store.keys.tenant_salt(prepared.principal.tenant)
+        out: StepOutput | None = None
+        for out in self.decoder.generate(prepared.spans, params, root):
+            if on_token is not None:
+                on_token(out)
+        assert out is not None
+        ids = out.sequence.output
+        if out.finish_reason == "stop":
+            ids = ids[:-1]
+        return ids, out.sequence.stats, out.finish_reason or "stop"
+
+    def after_reply(self, prepared: Prepared) -> None:
+        """Off the request's path: records use, and builds the KV of memories that had to enter as text."""
+        if self.store is None or not prepared.plan.segments:
+            return
+        self.store.record_use(prepared.principal, [s.cube_id for s in prepared.plan.segments])
+        if self.config.build and self.activation is not None:
+            for segment in prepared.plan.segments:
+                if segment.form == "text":
+                    self.activation.build(prepared.principal, prepared.cubes[segment.cube_id])
+
+
+class UserMemory:
+    """One user's memories and chat."""
+
+    def __init__(self, engine: MemoryEngine, principal: Principal) -> None:
+        self.engine = engine
+        self.principal = principal
+
+    def remember(self, text: str, tags: Sequence[str] = (), idempotency_key: str | None = None) -> MemCube:
+        """Stores a memory as text; its KV record is built later, when it is first used or by `warm`."""
+        engine = self.engine
+        text = validate_text(text)
+        tokens = len(engine.layout.memory(text))
+        room = min(engine.decoder.spec.max_positions, engine.decoder.pool_tokens) // 2
+        if tokens > room:
+            raise MemoryInputError(
+                f"This memory has {tokens} tokens; at most {room} (half the context) fit beside a question. "
+                "Split it into parts."
+            )
+        return engine.opened_store.add(
+            self.principal,
+            text,
+            vector=engine.embedder.embed([text])[0],
+            model_id=engine.embedder.model_id,
+            tags=tags,
+            idempotency_key=idempotency_key,
+        )
+
+    def recall(self, query: str, k: int = 8) -> list[Candidate]:
+        """The k memories nearest to the query, best first."""
+        return self.engine.operator.recall(self.principal, validate_text(query), k=k)
+
+    def memories(self) -> list[MemCube]:
+        """All live memories, oldest first."""
+        return self.engine.opened_store.list(self.principal)
+
+    def archive(self, cube_id: str) -> MemCube:
+        """Puts a memory away: kept, not retrieved."""
+        return self.engine.opened_store.archive(self.principal, cube_id)
+
+    def restore(self, cube_id: str) -> MemCube:
+        """Brings an archived memory back."""
+        return self.engine.opened_store.restore(self.principal, cube_id)
+
+    def delete(self, cube_id: str) -> None:
+        """Ends a memory: hidden from everything but its history; its KV is removed."""
+        self.engine.opened_store.delete(self.principal, cube_id)
+        self._let_go()
+
+    def erase(self, cube_id: str) -> None:
+        """Destroys a memory's text, vectors and KV for good; only the fact that it existed remains."""
+        self.engine.opened_store.erase(self.principal, cube_id)
+        self._let_go()
+
+    def history(self, cube_id: str) -> list[HistoryEntry]:
+        """What happened to a memory, oldest first."""
+        return self.engine.opened_store.history(self.principal, cube_id)
+
+    def warm(self, cube_ids: Sequence[str] | None = None, progress: Callable[[str], None] | None = None) -> int:
+        """Builds the missing KV records of these (default: all live) memories; returns how many."""
+        activation = self.engine.activation
+        if activation is None:
+            raise StoreError("This engine has no store; there is nothing to build.")
+        store = self.engine.opened_store
+        ids = [c.id for c in self.memories()] if cube_ids is None else list(cube_ids)
+        built = 0
+        for cube_id in ids:
+            built += activation.build(self.principal, store.get(self.principal, cube_id))
+            if progress is not None:
+                progress(cube_id)
+        return built
+
+    def chat(
+        self,
+        text: str,
+        params: SamplingParams | None = None,
+        *,
+        form: str | None = None,
+        max_memories: int | None = None,
+        history: Sequence[tuple[str, str]] = (),
+        stream: Callable[[str], None] | None = None,
+    ) -> Reply:
+        """Answers from the user's memories.
+
+        form: auto, text, kv or none (default: the engine's). history: earlier (question, answer) turns.
+        stream: called with each new piece of the answer.
+        """
+        engine = self.engine
+        start = time.perf_counter()
+        text = validate_text(text)
+        head = engine.layout.anchor + engine.layout.history(history)
+        prepared = engine.prepare(
+            self.principal, text, head, engine.layout.query(text), form=form, max_memories=max_memories
+        )
+        preparation_ms = (time.perf_counter() - start) * 1e3
+        params = params or SamplingParams()
+        if not params.stop_token_ids:
+            params = replace(params, stop_token_ids=engine.eos_token_ids)
+        writer = None if stream is None else TextStream(engine.tokenizer, params.stop_token_ids, stream)
+        ids, stats, reason = engine.run(prepared, params, writer)
+        reply = Reply(
+            text=engine.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+            token_ids=tuple(ids),
+            finish_reason=reason,
+            ttft_ms=preparation_ms + stats.ttft_ms,
+            total_ms=(time.perf_counter() - start) * 1e3,
+            plan=prepared.plan,
+            stats=stats,
+            timings={**prepared.timings, "splice": stats.splice_ms, "prefill": stats.prefill_ms},
+        )
+        engine.after_reply(prepared)
+        return reply
+
+    def _let_go(self) -> None:
+        """Nothing of an ended memory stays in this process: neither its record nor pages it went into."""
+        if self.engine.activation is not None:
+            self.engine.activation.evict()
+        self.engine.decoder.forget_prefixes()
+
+
+def _availability(found: KVRecord | Miss) -> KVAvailability:
+    if isinstance(found, Miss):
+        return KVAvailability(False, reason=found.reason)
+    return KVAvailability(True, tokens=found.num_tokens, exact_in_slot0=True)
+
+
+def _as_tuple(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (int(value),) if isinstance(value, int) else tuple(int(v) for v in value)

@@ -1,0 +1,368 @@
+"""The `memos-engine` command."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from memos_engine import __version__
+from memos_engine.errors import MemosEngineError
+
+app = typer.Typer(
+    help="Memory inside the decoder: remember, recall, and answer from spliced KV memories.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models_app = typer.Typer(help="Fetch and check models.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure on this machine; the last line of --json output is the result.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+app.add_typer(bench_app, name="bench")
+
+console = Console()
+notes = Console(stderr=True)
+
+StoreOption = Annotated[
+    Path, typer.Option("--store", envvar="MEMOS_ENGINE_STORE", help="Store directory (made if missing).")
+]
+UserOption = Annotated[
+    str | None, typer.Option("--user", "-u", envvar="MEMOS_ENGINE_USER", help="Whose memories (default: you).")
+]
+ModelOption = Annotated[
+    str, typer.Option("--model", envvar="MEMOS_ENGINE_MODEL", help="Alias, hub id or folder of a pulled model.")
+]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, or auto: what this machine is fast at.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+DEFAULT_STORE = Path("memory")
+
+
+def _user(name: str | None) -> str:
+    return name or getpass.getuser()
+
+
+def _engine(model: str, store: Path | None, dtype: str = "auto", **memory: Any) -> Any:
+    from memos_engine.api import MemoryEngine
+    from memos_engine.config import DecoderConfig, MemoryConfig
+
+    return MemoryEngine.open(model, store, decoder=DecoderConfig(dtype=dtype), memory=MemoryConfig(**memory))
+
+
+def _emit(data: Any) -> None:
+    print(json.dumps(data, ensure_ascii=False, default=str))
+
+
+# -- memories ------------------------------------------------------------------------------------
+
+
+@app.command()
+def remember(
+    text: Annotated[str, typer.Argument(help="What to remember; - reads standard input.")],
+    store: StoreOption = DEFAULT_STORE,
+    user: UserOption = None,
+    model: ModelOption = "smollm2",
+    tag: Annotated[list[str] | None, typer.Option(help="A tag; may be repeated.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Store a memory."""
+    text = sys.stdin.read() if text == "-" else text
+    with _engine(model, store) as engine:
+        cube = engine.user(_user(user)).remember(text, tags=tag or ())
+    if as_json:
+        _emit(cube.to_dict())
+    else:
+        console.print(f"Remembered as [bold]{cube.id}[/bold].")
+
+
+@app.command()
+def recall(
+    query: str,
+    store: StoreOption = DEFAULT_STORE,
+    user: UserOption = None,
+    model: ModelOption = "smollm2",
+    k: Annotated[int, typer.Option("-k", help="How many.", min=1)] = 8,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the memories nearest to a query."""
+    with _engine(model, store) as engine:
+        found = engine.user(_user(user)).recall(query, k=k)
+    if as_json:
+        _emit([{"score": round(c.score, 4), **c.cube.to_dict()} for c in found])
+    else:
+        _memories_table([(c.cube, c.score) for c in found])
+
+
+@app.command()
+def forget(
+    text: Annotated[str | None, typer.Argument(help="Show the memories this matches.")] = None,
+    id_: Annotated[list[str] | None, typer.Option("--id", help="Act on this memory; may be repeated.")] = None,
+    how: Annotated[str, typer.Option(help="archive (kept, not retrieved), delete, or erase (text destroyed).")] = "delete",
+    store: StoreOption = DEFAULT_STORE,
+    user: UserOption = None,
+    model: ModelOption = "smollm2",
+    as_json: JsonOption = False,
+) -> None:
+    """Show matches of TEXT, or archive, delete or erase memories by id."""
+    if how not in ("archive", "delete", "erase"):
+        raise typer.BadParameter("use archive, delete or erase", param_hint="--how")
+    if (text is None) == (not id_):
+        raise typer.BadParameter("give either TEXT, to see what matches, or --id, to act")
+    with _engine(model, store) as engine:
+        person = engine.user(_user(user))
+        if text is not None:
+            found = person.recall(text)
+            if as_json:
+                _emit([{"score": round(c.score, 4), **c.cube.to_dict()} for c in found])
+            else:
+                _memories_table([(c.cube, c.score) for c in found])
+                console.print("Nothing was changed. Act with: memos-engine forget --id ID --how archive|delete|erase")
+            return
+        for cube_id in id_ or ():
+            getattr(person, how)(cube_id)
+    past = {"archive": "archived", "delete": "deleted", "erase": "erased"}[how]
+    if as_json:
+        _emit({past: id_})
+    else:
+        console.print(f"{past.capitalize()}: {', '.join(id_ or ())}")
+
+
+@app.command()
+def history(
+    cube_id: Annotated[str, typer.Argument(metavar="ID")],
+    store: StoreOption = DEFAULT_STORE,
+    user: UserOption = None,
+    model: ModelOption = "smollm2",
+    as_json: JsonOption = False,
+) -> None:
+    """Show what happened to a memory."""
+    with _engine(model, store) as engine:
+        entries = engine.user(_user(user)).history(cube_id)
+    if as_json:
+        _emit([asdict(entry) for entry in entries])
+        return
+    table = Table("when", "event", "version", "state", "text")
+    for e in entries:
+        table.add_row(f"{e.at:%Y-%m-%d %H:%M:%S}", e.event, str(e.version), str(e.state), e.text or "(erased)")
+    console.print(table)
+
+
+@app.command()
+def chat(
+    question: Annotated[str | None, typer.Argument(help="One question; without it, a conversation.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    user: UserOption = None,
+    model: ModelOption = "smollm2",
+    dtype: DtypeOption = "auto",
+    form: Annotated[str, typer.Option(help="How memories enter: auto, kv, text or none.")] = "auto",
+    memories: Annotated[int, typer.Option(help="Most memories of one request.", min=0)] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    seed: Annotated[int | None, typer.Option()] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Talk to the model; it answers from your memories."""
+    from memos_engine.config import SamplingParams
+
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    with _engine(model, store, dtype, form=form, max_memories=memories) as engine:
+        person = engine.user(_user(user))
+        if question is not None:
+            _answer(person, question, params, (), as_json)
+            return
+        notes.print("Type a message; [bold]/remember TEXT[/bold] stores a memory, an empty line ends.", style="dim")
+        turns: list[tuple[str, str]] = []
+        while line := _ask():
+            if line.startswith("/remember "):
+                notes.print(f"Remembered as {person.remember(line.removeprefix('/remember ')).id}.", style="dim")
+                continue
+            turns.append((line, _answer(person, line, params, tuple(turns[-3:]), as_json)))
+
+
+def _ask() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def _answer(person: Any, question: str, params: Any, turns: tuple[tuple[str, str], ...], as_json: bool) -> str:
+    def show(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    reply = person.chat(question, params, history=turns, stream=None if as_json else show)
+    if as_json:
+        _emit(
+            {
+                "text": reply.text,
+                "finish_reason": reply.finish_reason,
+                "ttft_ms": round(reply.ttft_ms, 2),
+                "total_ms": round(reply.total_ms, 2),
+                "timings_ms": {name: round(ms, 2) for name, ms in reply.timings.items()},
+                "plan": reply.plan.explain(),
+            }
+        )
+    else:
+        print()
+        used = [f"{form} {cube_id}" for cube_id, form in reply.forms.items()]
+        notes.print(f"first token {reply.ttft_ms:.0f} ms; memories: {', '.join(used) or 'none'}", style="dim")
+    return str(reply.text)
+
+
+def _memories_table(rows: list[tuple[Any, float]]) -> None:
+    if not rows:
+        console.print("No memory matches.")
+        return
+    table = Table("id", "score", "state", "text")
+    for cube, score in rows:
+        text = cube.body if len(cube.body) <= 160 else cube.body[:157] + "..."
+        table.add_row(cube.id, f"{score:.2f}", cube.state, text)
+    console.print(table)
+
+
+# -- models, doctor, demo, bench -----------------------------------------------------------------
+
+
+@models_app.command("pull")
+def models_pull(
+    source: Annotated[str, typer.Argument(help="smollm2, minilm, a hub id, a folder, or a GGUF file.")],
+    force: Annotated[bool, typer.Option(help="Fetch again even if it is there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch a model, converting it if need be. Safe to repeat."""
+    from memos_engine.models import pull
+
+    path = pull(source, progress=not as_json, force=force)
+    _emit({"source": source, "path": str(path)}) if as_json else console.print(f"{source}: {path}")
+
+
+@models_app.command("list")
+def models_list(as_json: JsonOption = False) -> None:
+    """List pulled models."""
+    from memos_engine.models import list_models
+
+    found = list_models()
+    if as_json:
+        _emit([{"name": m.name, "path": str(m.path), "bytes": m.bytes, "complete": m.complete} for m in found])
+        return
+    table = Table("name", "MB", "complete", "path")
+    for m in found:
+        table.add_row(m.name, f"{m.bytes / 1e6:.0f}", "yes" if m.complete else "no", str(m.path))
+    console.print(table)
+
+
+@models_app.command("verify")
+def models_verify(source: str) -> None:
+    """Hash every file of a pulled model again."""
+    from memos_engine.models import resolve, verify
+
+    path = resolve(source)
+    verify(path)
+    console.print(f"{source}: every file in {path} matches its checksum.")
+
+
+@app.command()
+def doctor(
+    store: Annotated[Path | None, typer.Option(envvar="MEMOS_ENGINE_STORE", help="Also check this store.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what is installed, which kernels run, and whether a store is sound."""
+    from memos_engine.interfaces.doctor import examine, show
+
+    report = examine(store)
+    _emit(report) if as_json else show(report, console)
+
+
+@app.command()
+def demo(
+    store: Annotated[Path | None, typer.Option(help="Keep the store here (default: a temporary folder).")] = None,
+    model: ModelOption = "smollm2",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Two users, their memories, ten questions: without memory, with text, with spliced KV."""
+    from memos_engine.interfaces.demo import run
+
+    run(store, model, dtype, as_json, console)
+
+
+@bench_app.command("ttft")
+def bench_ttft(
+    model: ModelOption = "smollm2",
+    dtype: Annotated[str, typer.Option()] = "bfloat16",
+    context: Annotated[list[int] | None, typer.Option(help="Memory tokens; may be repeated (default 1024).")] = None,
+    query: Annotated[int, typer.Option(min=1)] = 32,
+    memories: Annotated[int, typer.Option(min=1)] = 4,
+    n: Annotated[int, typer.Option(help="Measured rounds.", min=1)] = 9,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    peers: Annotated[str, typer.Option(help="Comma-separated; empty for none.")] = "transformers",
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Time to first token: full prefill, prefix, splice, query alone, transformers."""
+    from memos_engine.bench import ttft
+
+    config = ttft.TtftConfig(
+        model, dtype, tuple(context or (1024,)), query, memories, n, seed=seed, threads=threads,
+        peers=tuple(p for p in peers.split(",") if p),
+    )  # fmt: skip
+    _bench(lambda progress: ttft.run(config, progress), as_json, ["system", "mode", "context", "ttft_ms_p50", "ttft_ms_p95", "same_first_token"])
+
+
+@bench_app.command("memory")
+def bench_memory(
+    model: ModelOption = "smollm2",
+    dtype: Annotated[str, typer.Option()] = "bfloat16",
+    as_json: JsonOption = False,
+) -> None:
+    """Peak memory of a process that remembers, prefills, splices and answers."""
+    from memos_engine.bench import memory
+
+    _bench(lambda _: memory.run(model, dtype), as_json, ["dtype", "peak_mb", "model_mb", "pool_mb", "overhead_mb"])
+
+
+def _bench(run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool, columns: list[str]) -> None:
+    with notes.status("warming up") as status:
+        document = run(status.update)
+    if as_json:
+        _emit(document)
+        return
+    table = Table(*columns)
+    for row in document["rows"]:
+        table.add_row(*(str(row[c]) for c in columns))
+    console.print(table)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"memos-engine {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main() -> None:
+    """Entry point: expected errors are one line, not a traceback."""
+    try:
+        app()
+    except MemosEngineError as error:
+        if "--json" in sys.argv:
+            _emit({"error": type(error).__name__, "message": str(error)})
+        notes.print(f"[bold red]error:[/bold red] {error}", highlight=False)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

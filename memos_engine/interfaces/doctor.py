@@ -1,0 +1,80 @@
+"""What `memos-engine doctor` looks at."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sqlite3
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from memos_engine import __version__
+
+
+def examine(store: Path | None) -> dict[str, Any]:
+    """Versions, machine, kernel paths, models and, given one, a store; JSON-safe."""
+    import torch
+
+    from memos_engine import ops
+    from memos_engine.config import default_dtype
+    from memos_engine.models import list_models
+
+    report: dict[str, Any] = {
+        "memos_engine": __version__,
+        "python": platform.python_version(),
+        "sqlite": sqlite3.sqlite_version,
+        "packages": {name: _version(name) for name in ("torch", "transformers", "safetensors", "triton")},
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "default_dtype": default_dtype(),
+        "ops": ops.describe(),
+        "models": [{"name": m.name, "complete": m.complete, "path": str(m.path)} for m in list_models()],
+    }
+    if store is not None:
+        report["store"] = _store(store)
+    return report
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Prints a report for people."""
+    packages = ", ".join(f"{n} {v}" for n, v in report["packages"].items() if v)
+    console.print(f"memos-engine {report['memos_engine']}, Python {report['python']}, SQLite {report['sqlite']}")
+    console.print(f"{packages}; {report['cores']} cores, {report['threads']} threads, GPU: {report['gpu'] or 'none'}")
+    console.print(f"default dtype here: {report['default_dtype']}")
+    table = Table("op", "path")
+    for op, path in report["ops"].items():
+        shown = ", ".join(f"{k}: {v}" for k, v in path.items()) if isinstance(path, dict) else str(path)
+        table.add_row(op, shown)
+    console.print(table)
+    if not report["models"]:
+        console.print("No model yet: memos-engine models pull smollm2")
+    for model in report["models"]:
+        console.print(f"model {model['name']}: {'complete' if model['complete'] else 'INCOMPLETE, pull it again'}")
+    if "store" in report:
+        s = report["store"]
+        console.print(
+            f"store {s['path']}: {s['cubes']} memories, {s['kv_records']} KV records ({s['kv_bytes'] / 1e6:.0f} MB), "
+            f"audit chain of {s['audited']} events verifies"
+        )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _store(path: Path) -> dict[str, Any]:
+    from memos_engine.errors import NotAStoreError
+    from memos_engine.memory.store import MemoryStore
+
+    if not (path / "memory.db").exists():
+        raise NotAStoreError(f"{path} is not a memos_engine store.")
+    with MemoryStore.open(path) as store:
+        return {"path": str(path), "audited": store.audit_verify(), **store.stats()}

@@ -1,0 +1,153 @@
+"""Who may see what, and the secret that keeps one store's fingerprints from another's.
+
+The key of a store lies outside of its directory, so that a copy of the directory alone can neither
+test guesses of an erased text against the stored HMACs nor compute another tenant's KV identities.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import unicodedata
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from memos_engine.errors import MemoryInputError, StoreError
+
+KEY_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Principal:
+    """The caller: a user of a tenant. Both names: 1 to 128 characters, no control characters.
+
+    Names are compared exactly. Raises `MemoryInputError`.
+    """
+
+    tenant: str
+    user: str
+
+    def __post_init__(self) -> None:
+        _check_name("tenant", self.tenant)
+        _check_name("user", self.user)
+
+
+def _check_name(what: str, name: object) -> None:
+    if not isinstance(name, str):
+        raise MemoryInputError(f"a {what} name must be a str, not {type(name).__name__}.")
+    if not name.strip() or len(name) > 128:
+        raise MemoryInputError(
+            f"a {what} name must have 1 to 128 characters, not all of them spaces; this one has {len(name)}."
+        )
+    bad = next((c for c in name if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None)
+    if bad is not None:
+        raise MemoryInputError(
+            f"a {what} name cannot hold control characters; remove U+{ord(bad):04X} from {name!r}."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StoreKeys:
+    """One store's 32-byte secret and the keys derived from it. `id` names the secret without revealing it."""
+
+    secret: bytes = field(repr=False)
+
+    def _derive(self, purpose: bytes, data: bytes) -> bytes:
+        return hmac.new(self.secret, purpose + b"\0" + data, hashlib.sha256).digest()
+
+    @property
+    def id(self) -> str:
+        return self._derive(b"key-id", b"").hex()[:16]
+
+    def body_hmac(self, text: str) -> bytes:
+        """Keyed fingerprint (32 bytes) of a memory's text: plain hashes of short texts can be guessed."""
+        return self._derive(b"body", text.encode("utf-8"))
+
+    def token_hmac(self, owner: Principal, token: str) -> bytes:
+        """Keyed fingerprint (32 bytes) of a caller's idempotency key within its owner's scope."""
+        scope = f"{len(owner.tenant)}:{owner.tenant}{len(owner.user)}:{owner.user}"
+        return self._derive(b"idempotency", f"{scope}{token}".encode())
+
+    def tenant_salt(self, tenant: str) -> bytes:
+        """The tenant's 32-byte salt in KV identities: KV is never shared across tenants."""
+        return self._derive(b"tenant", tenant.encode("utf-8"))
+
+
+def default_key_directory() -> Path:
+    """`$MEMOS_ENGINE_KEYS`, else `memos_engine/keys` in the user's data directory."""
+    chosen = os.environ.get("MEMOS_ENGINE_KEYS")
+    if chosen:
+        return Path(chosen).expanduser()
+    data = os.environ.get("XDG_DATA_HOME")
+    base = Path(data) if data and os.path.isabs(data) else Path("~/.local/share").expanduser()
+    return base / "memos_engine" / "keys"
+
+
+class KeyRing:
+    """Store keys as files `<store id>.key`, mode 0600, in a directory outside of every store."""
+
+    def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
+        self.directory = Path(directory) if directory is not None else default_key_directory()
+
+    def _path(self, store_id: str) -> Path:
+        return self.directory / f"{store_id}.key"
+
+    def load(self, store_id: str) -> StoreKeys | None:
+        """The key of a store, None when there is none. Raises `StoreError` when it cannot be read."""
+        path = self._path(store_id)
+        try:
+            secret = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreError(
+                f"the store's key {path} cannot be read ({error.strerror}); fix its permissions."
+            ) from error
+        if len(secret) != KEY_BYTES:
+            raise StoreError(
+                f"the store's key {path} has {len(secret)} bytes instead of {KEY_BYTES}; restore it from a "
+                "copy, or remove it to have a new one made (stored KV is then rebuilt, text stays readable)."
+            )
+        return StoreKeys(secret)
+
+    def create(self, store_id: str) -> StoreKeys:
+        """Make and keep a key, atomically; another process's earlier key wins. Raises `StoreError`."""
+        path = self._path(store_id)
+        draft = self.directory / f".{store_id}-{secrets.token_hex(8)}"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                with os.fdopen(fd, "wb") as file:
+                    file.write(secrets.token_bytes(KEY_BYTES))
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._publish(draft, path)
+            finally:
+                draft.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"no key can be written to {self.directory} ({error.strerror}); make it writable or name "
+                "another directory in MEMOS_ENGINE_KEYS."
+            ) from error
+        key = self.load(store_id)
+        if key is None:
+            raise StoreError(f"the store's key {path} vanished while it was made; try again.")
+        return key
+
+    @staticmethod
+    def _publish(draft: Path, path: Path) -> None:
+        try:
+            os.link(draft, path)  # unlike rename, never replaces a key that is already there
+        except FileExistsError:
+            return
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                os.rename(draft, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)

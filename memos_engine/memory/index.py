@@ -1,0 +1,56 @@
+"""Nearest neighbours. SQLite keeps the vectors; an index is a way to search them, never the truth."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from memos_engine.errors import MemoryInputError
+
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+
+
+class VectorIndex(Protocol):
+    """What finds the rows of a matrix that are most like a query."""
+
+    def search(self, query: Floats, matrix: Floats, k: int) -> tuple[Indices, Floats]:
+        """Row numbers `[m] int64` and cosines `[m] float32`, best first, `m = min(k, n)`."""
+
+
+class ExactIndex:
+    """A full scan: exact, and below some 20,000 rows as fast as anything."""
+
+    def search(self, query: Floats, matrix: Floats, k: int) -> tuple[Indices, Floats]:
+        """The `min(k, n)` rows of `matrix [n, dim]` with the highest cosine to `query [dim]`, all float32.
+
+        Rows must have length 1 or 0, as the store keeps them; the query may have any length. Cosines are
+        rounded to six decimals, what float32 sums can hold, and equal ones go by row number: the same input
+        gives the same order everywhere. Raises `MemoryInputError` for NaN, infinity, other widths or `k < 1`.
+        """
+        if query.ndim != 1 or matrix.ndim != 2:
+            raise MemoryInputError(
+                f"search needs a query [dim] and a matrix [n, dim], not shapes {query.shape} and "
+                f"{matrix.shape}."
+            )
+        if k < 1:
+            raise MemoryInputError(f"k must be at least 1, not {k}.")
+        if not np.isfinite(query).all():
+            raise MemoryInputError("the query's embedding holds NaN or infinity; check the embedder.")
+        if len(matrix) == 0:
+            return np.zeros(0, np.int64), np.zeros(0, np.float32)
+        if query.shape[0] != matrix.shape[1]:
+            raise MemoryInputError(
+                f"the query has {query.shape[0]} numbers, the stored embeddings have {matrix.shape[1]}; "
+                "use the same embedder for both."
+            )
+        norm = float(np.linalg.norm(query.astype(np.float64)))
+        unit = (query / norm if norm > 0 else query).astype(np.float32)
+        with np.errstate(invalid="ignore", over="ignore"):
+            scores = np.round(matrix @ unit, 6) + np.float32(0)  # no -0.0
+        if not np.isfinite(scores).all():  # every NaN or infinity in a row reaches its score
+            raise MemoryInputError("a stored embedding holds NaN or infinity; embed that memory anew.")
+        order = np.argsort(-scores, kind="stable")[:k]
+        return order.astype(np.int64), scores[order].astype(np.float32)

@@ -1,0 +1,235 @@
+"""KV records in the store: a cache in the vault, named by rows that go with what they were made from."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from collections.abc import Iterable, Sequence
+
+from memos_engine.errors import (
+    MemoryInputError,
+    MemoryNotFoundError,
+    PayloadError,
+    StoreError,
+    StoreLockedError,
+)
+from memos_engine.memory.governance import Principal
+from memos_engine.memory.store_base import StoreBase
+from memos_engine.memory.store_rows import append_audit, find, visible
+from memos_engine.memory.vault import BlobRef
+
+GRACE_S = 3600.0
+_IDENTITY = re.compile(r"[!-~]{1,200}")  # printable ASCII without spaces
+_REFS = "SELECT DISTINCT sha256, size, checksum FROM kv_artifact"
+
+
+def drop_rows(conn: sqlite3.Connection, cube_id: str) -> list[BlobRef]:
+    """Within the caller's transaction: drop every record of a memory and every record that saw its text."""
+    which = (
+        "WHERE cube_id = :id OR EXISTS (SELECT 1 FROM kv_context x WHERE x.identity = kv_artifact.identity "
+        "AND x.cube_id = kv_artifact.cube_id AND x.source_id = :id)"
+    )
+    refs = [BlobRef(*row) for row in conn.execute(f"{_REFS} {which}", {"id": cube_id})]
+    conn.execute(f"DELETE FROM kv_artifact {which}", {"id": cube_id})
+    return refs
+
+
+class KVRows(StoreBase):
+    """The store's verbs for KV records and their files."""
+
+    def put_kv(
+        self,
+        principal: Principal,
+        cube_id: str,
+        version: int,
+        identity: str,
+        blob: bytes | bytearray | memoryview | BlobRef,
+        tokens: int,
+        context_ids: Sequence[str] = (),
+    ) -> BlobRef:
+        """Keep a KV record of a memory's version; one of the same identity is replaced.
+
+        `blob` is the file's content, or the reference of one already written to `vault`. `context_ids` are
+        the other memories whose text the record saw: it goes when one of them goes. The file is durable
+        before its row. Raises `MemoryNotFoundError`, `MemoryInputError`, `StoreError`.
+        """
+        if not isinstance(identity, str) or not _IDENTITY.fullmatch(identity):
+            raise MemoryInputError(
+                "a KV identity must be 1 to 200 printable ASCII characters, best a hex digest."
+            )
+        if type(tokens) is not int or tokens < 0:
+            raise MemoryInputError(f"tokens must be an integer of at least 0, not {tokens!r}.")
+        ref = blob if isinstance(blob, BlobRef) else self.vault.write(blob)
+        stale: list[BlobRef] = []
+        try:
+            with self._db.write() as conn:
+                now = self._now()
+                cube = find(conn, principal, cube_id, now)
+                if version != cube.version:
+                    raise MemoryInputError(
+                        f"memory {cube_id!r} is at version {cube.version}, not {version!r}; build its KV "
+                        "anew."
+                    )
+                for source in context_ids:
+                    find(conn, principal, source, now)
+                if not self.vault.holds(ref):  # collected between its writing and this transaction
+                    if isinstance(blob, BlobRef):
+                        raise PayloadError(
+                            f"the vault does not hold {ref.sha256}; write it first.", "missing"
+                        )
+                    self.vault.write(blob)
+                stale = self._replace(conn, cube_id, version, identity, ref, tokens, now)
+                conn.executemany(
+                    "INSERT OR IGNORE INTO kv_context VALUES (?, ?, ?)",
+                    [(identity, cube_id, s) for s in context_ids],
+                )
+        except (MemoryNotFoundError, MemoryInputError):
+            self._remove([ref])  # perhaps made from a text that was erased meanwhile
+            raise
+        self._remove(stale)
+        return ref
+
+    @staticmethod
+    def _replace(
+        conn: sqlite3.Connection,
+        cube_id: str,
+        version: int,
+        identity: str,
+        ref: BlobRef,
+        tokens: int,
+        now: str,
+    ) -> list[BlobRef]:
+        key = (identity, cube_id)
+        stale = [BlobRef(*row) for row in conn.execute(f"{_REFS} WHERE identity = ? AND cube_id = ?", key)]
+        conn.execute("DELETE FROM kv_artifact WHERE identity = ? AND cube_id = ?", key)
+        conn.execute(
+            "INSERT INTO kv_artifact VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (identity, cube_id, version, ref.sha256, ref.size, ref.checksum, tokens, now),
+        )
+        event = {
+            "event": "kv_stored",
+            "cube_id": cube_id,
+            "version": version,
+            "identity": identity,
+            "size": ref.size,
+        }
+        append_audit(conn, now, event)
+        return stale
+
+    def find_kv(self, principal: Principal, cube_id: str, identity: str) -> BlobRef | None:
+        """Where the memory's record of this identity is; None when there is none, or none to see."""
+        where, params = visible(principal, self._now())
+        with self._db.read() as conn:
+            row = conn.execute(
+                "SELECT k.sha256, k.size, k.checksum FROM kv_artifact k JOIN cube c ON c.id = k.cube_id "
+                f"WHERE {where} AND c.id = :id AND k.identity = :identity AND k.version = c.version",
+                {**params, "id": cube_id, "identity": identity},
+            ).fetchone()
+        return BlobRef(*row) if row else None
+
+    def kv_identities(self, principal: Principal, cube_id: str) -> list[str]:
+        """Identities of the memory's records, sorted. Raises `MemoryNotFoundError`."""
+        with self._db.read() as conn:
+            find(conn, principal, cube_id, self._now())
+            rows = conn.execute(
+                "SELECT identity FROM kv_artifact WHERE cube_id = ? ORDER BY identity", (cube_id,)
+            )
+            return [row[0] for row in rows]
+
+    def drop_kv(self, identity: str, reason: str) -> int:
+        """Forget every record of this identity (damaged, or no longer wanted) and remove its files; audited.
+
+        `reason` is kept forever: no memory's text in it. Returns how many records there were.
+        """
+        with self._db.write() as conn:
+            rows = conn.execute(f"{_REFS} WHERE identity = ?", (identity,)).fetchall()
+            count = conn.execute("DELETE FROM kv_artifact WHERE identity = ?", (identity,)).rowcount
+            if count:
+                event = {
+                    "event": "kv_dropped",
+                    "identity": identity,
+                    "reason": reason[:200],
+                    "records": count,
+                }
+                append_audit(conn, self._now(), event)
+        self._remove(BlobRef(*row) for row in rows)
+        return count
+
+    def collect(self, grace_s: float = GRACE_S) -> int:
+        """Remove files of the vault that no row names and older than `grace_s` seconds; returns how many."""
+        with self._db.write() as conn:
+            live = {row[0] for row in conn.execute("SELECT sha256 FROM kv_artifact")}
+            return self.vault.collect(live, grace_s)
+
+    def scrub(self) -> int:
+        """Check every payload in full, SHA-256 included; a damaged one is audited and dropped.
+
+        Returns how many are sound. Raises `StoreError`.
+        """
+        with self._db.read() as conn:
+            refs = [BlobRef(*row) for row in conn.execute(_REFS)]
+        sound = 0
+        for ref in refs:
+            try:
+                self.vault.verify(ref)
+                sound += 1
+            except PayloadError as error:
+                with self._db.read() as conn:
+                    named = conn.execute(
+                        "SELECT DISTINCT identity FROM kv_artifact WHERE sha256 = ?", (ref.sha256,)
+                    )
+                    identities = [row[0] for row in named]
+                for identity in identities:
+                    self.drop_kv(identity, error.reason)
+        return sound
+
+    def finish_erasures(self) -> int:
+        """Remove the files of erased memories and rewrite the database without their bytes.
+
+        Takes time proportional to the database. Returns how many erasures it finished. Raises
+        `StoreLockedError` while another process still reads old pages, `StoreFullError` when there is no
+        room.
+        """
+        with self._db.read() as conn:
+            pending = conn.execute(
+                "SELECT cube_id, payloads FROM erasure WHERE scrubbed_at IS NULL"
+            ).fetchall()
+        if not pending:
+            return 0
+        self._remove(
+            (BlobRef(*ref) for _, payloads in pending for ref in json.loads(payloads)), lenient=False
+        )
+        self.collect()
+        if not self._db.shrink():
+            raise StoreLockedError(
+                "the memory is erased, but another process still reads the old database pages, so that a "
+                "copy of its text is left in the write-ahead log; close that process and open the store "
+                "again."
+            )
+        with self._db.write() as conn:
+            now = self._now()
+            conn.executemany(
+                "UPDATE erasure SET scrubbed_at = ? WHERE cube_id = ?", [(now, row[0]) for row in pending]
+            )
+        return len(pending)
+
+    def _remove(self, refs: Iterable[BlobRef], *, lenient: bool = True) -> tuple[BlobRef, ...]:
+        """Remove files that no row names, under the write lock: nobody can begin to name them meanwhile.
+
+        Returns which no row names. A file that cannot be removed is an orphan, which `collect` tries again;
+        unless not `lenient`.
+        """
+        candidates = list(refs)
+        if not candidates:
+            return ()
+        with self._db.write() as conn:
+            named = "SELECT 1 FROM kv_artifact WHERE sha256 = ?"
+            free = tuple(ref for ref in candidates if not conn.execute(named, (ref.sha256,)).fetchone())
+            for ref in free:
+                try:
+                    self.vault.delete(ref)
+                except StoreError:
+                    if not lenient:
+                        raise
+        return free

@@ -1,0 +1,160 @@
+"""The one seam to the kernels: typed functions, checked contracts, a backend chosen by the tensor's device.
+
+CPU tensors go to the native code where it was built, CUDA tensors to the CUDA or Triton kernels, everything
+else to `ops.reference`, which defines what is right. Shapes and dtypes are in docs/kernels.md; a tensor that
+breaks them raises `KernelContractError`. A caller whose tensors are right by construction may take
+`backend_for(device)` and call the same functions without the checks.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from memos_engine.ops import contracts
+from memos_engine.ops.backend import OPS, Backend, backend_for, describe
+from memos_engine.ops.reference import rope_table
+
+__all__ = [
+    "OPS",
+    "Backend",
+    "append_kv",
+    "backend_for",
+    "describe",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "rope_table",
+    "set_checks",
+    "silu_mul",
+    "splice_kv",
+]
+
+_checks = True
+
+
+def set_checks(enabled: bool) -> bool:
+    """Turns the contract checks of the functions below on or off; returns what it was."""
+    global _checks
+    before, _checks = _checks, enabled
+    return before
+
+
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    q_pos: Tensor,
+    sm_scale: float,
+    window: int = 0,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k^T * sm_scale) v over paged K and V; each row sees the keys at positions <= its own.
+
+    Args:
+        q: `[tokens, heads, head_dim]`, the rows of all requests one after the other.
+        k_pages, v_pages: `[blocks, page, kv_heads, head_dim]`, one layer.
+        block_table: `[B, max_blocks] int32`; entry i holds positions `i * page ... i * page + page - 1`.
+        query_start: `[B + 1] int32`, the row range of each request.
+        seq_lens: `[B] int32`, keys of each request.
+        q_pos: `[tokens] int32`, the position of each row, in any order.
+        sm_scale: factor on the scores, usually `head_dim ** -0.5`.
+        window: when positive, a row sees only keys at positions `> q_pos - window`.
+        out: where to write, like `q`; a new tensor by default.
+        lse: `[tokens, heads] float32`, filled with the natural log of each row's softmax denominator.
+
+    Returns `out`. A row that sees no key is zero and its LSE is -inf.
+    """
+    if _checks:
+        contracts.paged_attention(
+            q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, window, out, lse
+        )
+    return backend_for(q.device).paged_attention(
+        q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, sm_scale, window, out, lse
+    )
+
+
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_mapping: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor | None,
+    interleaved: bool = False,
+) -> None:
+    """Writes new tokens into one layer's pages; K comes unrotated and is rotated on the way.
+
+    Args:
+        k, v: `[tokens, kv_heads, head_dim]`.
+        k_pages, v_pages: `[blocks, page, kv_heads, head_dim]`, written in place.
+        slot_mapping: `[tokens] int64`, `block * page + offset`; negative skips the token.
+        positions: `[tokens] int32`, for the rotation.
+        cos_sin: `[max_position, rotary_dim] float32` (see `rope_table`), or None for a layer without RoPE.
+        interleaved: pairs are (even, odd) channels instead of (i, i + rotary_dim / 2).
+    """
+    if _checks:
+        contracts.write_kv(k, v, k_pages, v_pages, slot_mapping, positions, cos_sin, layers=False)
+    backend_for(k.device).append_kv(k, v, k_pages, v_pages, slot_mapping, positions, cos_sin, interleaved)
+
+
+def splice_kv(
+    src_k: Tensor,
+    src_v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_mapping: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor | None,
+    interleaved: bool = False,
+) -> None:
+    """Writes a stored record into the pages of all layers, rotating K to its new positions.
+
+    `src_k, src_v [layers, tokens, kv_heads, head_dim]` (K unrotated, any float dtype) go into
+    `k_pages, v_pages [layers, blocks, page, kv_heads, head_dim]`; the rest is as in `append_kv`, and so is
+    every bit that is written.
+    """
+    if _checks:
+        contracts.write_kv(src_k, src_v, k_pages, v_pages, slot_mapping, positions, cos_sin, layers=True)
+    backend_for(src_k.device).splice_kv(
+        src_k, src_v, k_pages, v_pages, slot_mapping, positions, cos_sin, interleaved
+    )
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """RMS norm of `x [tokens, hidden]`, times `weight [hidden]`, in float32.
+
+    With `residual [tokens, hidden]`: first `residual += x` in place, rounded to its dtype, then the norm of
+    that sum (Zhang and Sennrich, arXiv 1910.07467). `out` may be `x`.
+    """
+    if _checks:
+        contracts.rms_norm(x, weight, residual, out)
+    return backend_for(x.device).rms_norm(x, weight, eps, residual, out)
+
+
+def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool = False) -> None:
+    """Rotates `x [tokens, heads, head_dim]` in place (RoPE, arXiv 2104.09864); see `append_kv`."""
+    if _checks:
+        contracts.rope(x, positions, cos_sin)
+    backend_for(x.device).rope(x, positions, cos_sin, interleaved)
+
+
+def silu_mul(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
+    """`silu(gate) * up`, all `[tokens, n]`; rows may be strided, so that both may be halves of one tensor."""
+    if _checks:
+        contracts.silu_mul(gate, up, out)
+    return backend_for(gate.device).silu_mul(gate, up, out)
+
+
+def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """`x [tokens, k] @ weight[n, k]^T`. Few rows take a kernel that reads the weights once."""
+    if _checks:
+        contracts.linear(x, weight, out)
+    return backend_for(x.device).linear(x, weight, out)

@@ -1,0 +1,148 @@
+"""Which backend a tensor's device gets. Nothing is imported before the first tensor of that kind arrives."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from memos_engine.errors import MemosEngineError
+
+ISA_VARIABLE = "MEMOS_ENGINE_CPU_ISA"
+OPS = ("paged_attention", "append_kv", "splice_kv", "rms_norm", "rope", "silu_mul", "linear")
+
+log = logging.getLogger("memos_engine")
+
+
+class Backend(Protocol):
+    """What a backend module offers. These functions do not check their arguments (`ops.contracts` does)."""
+
+    NAME: str
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        block_table: Tensor,
+        query_start: Tensor,
+        seq_lens: Tensor,
+        q_pos: Tensor,
+        sm_scale: float,
+        window: int = 0,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def append_kv(
+        self,
+        k: Tensor,
+        v: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        slot_mapping: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor | None,
+        interleaved: bool = False,
+    ) -> None: ...
+
+    def splice_kv(
+        self,
+        src_k: Tensor,
+        src_v: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        slot_mapping: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor | None,
+        interleaved: bool = False,
+    ) -> None: ...
+
+    def rms_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def rope(self, x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool = False) -> None: ...
+
+    def silu_mul(self, gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor: ...
+
+    def linear(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor: ...
+
+
+def backend_for(device: torch.device | str) -> Backend:
+    """The unchecked backend of a device: for callers that make their tensors right by construction."""
+    return _backend(device.split(":")[0] if isinstance(device, str) else device.type)
+
+
+@functools.cache
+def _backend(kind: str) -> Backend:
+    if kind == "cpu":
+        return _cpu_backend()
+    if kind == "cuda":
+        from memos_engine.ops import cuda
+
+        return cast(Backend, cuda)
+    from memos_engine.ops import reference
+
+    return cast(Backend, reference)
+
+
+def _cpu_backend() -> Backend:
+    from memos_engine.ops import reference
+
+    forced = os.environ.get(ISA_VARIABLE, "").strip().lower()
+    if forced == "reference":
+        return cast(Backend, reference)
+    if importlib.util.find_spec("memos_engine._cpu") is None:
+        if forced:
+            raise MemosEngineError(
+                f"{ISA_VARIABLE}={forced} asks for native code, which was not built. Reinstall with a C++17 "
+                "compiler, or unset the variable."
+            )
+        log.warning(
+            "memos_engine: native CPU code was not built; the slower torch reference is used. "
+            "Reinstall with a C++17 compiler for speed."
+        )
+        return cast(Backend, reference)
+    from memos_engine.ops import cpu
+
+    cpu.select_isa(forced)
+    return cast(Backend, cpu)
+
+
+def describe() -> dict[str, dict[str, Any]]:
+    """Which path each op takes: `{op: {"cpu": path, "cuda": path}}`, and two entries for the backends.
+
+    `["cpu"]` holds `native` (bool), `isa` (the level in use) and `isa_available`; `["cuda"]` holds
+    `available`, `native` and `triton`. Nothing here starts a device.
+    """
+    cpu_backend = _backend("cpu")
+    table: dict[str, dict[str, Any]] = {
+        op: {"cpu": "reference" if cpu_backend.NAME == "reference" else "native", "cuda": "reference"}
+        for op in OPS
+    }
+    if cpu_backend.NAME == "reference":
+        table["linear"]["cpu"] = "torch"
+        table["cpu"] = {"native": False, "isa": "reference", "isa_available": ["reference"]}
+    else:
+        from memos_engine.ops import cpu
+
+        table["linear"]["cpu"] = "native for few rows, torch for more"
+        table["cpu"] = {"native": True, "isa": cpu.isa(), "isa_available": cpu.available()}
+    native = importlib.util.find_spec("memos_engine._cuda") is not None
+    triton = importlib.util.find_spec("triton") is not None
+    for op in ("append_kv", "splice_kv"):
+        table[op]["cuda"] = "native" if native else "triton" if triton else "reference"
+    table["linear"]["cuda"] = "torch"
+    table["cuda"] = {"available": torch.cuda.is_available(), "native": native, "triton": triton}
+    return table

@@ -1,0 +1,168 @@
+"""The checks behind the public ops: dtypes, shapes and strides, a few microseconds and no look at the values.
+
+Values that could lead a kernel out of its tensors (slots, positions, block ids) are checked by the native
+code itself, where that costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from memos_engine.errors import KernelContractError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    q_pos: Tensor,
+    window: int,
+    out: Tensor | None,
+    lse: Tensor | None,
+) -> None:
+    _floats("q", q, 3)
+    _pages(k_pages, v_pages, 4)
+    tokens, heads, dim = q.shape
+    kv_heads = k_pages.shape[2]
+    if dim != k_pages.shape[3]:
+        _fail(f"q has head_dim {dim} but the pages have {k_pages.shape[3]}")
+    if kv_heads == 0 or heads % kv_heads:
+        _fail(f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})")
+    requests = seq_lens.shape[0] if seq_lens.dim() else -1
+    _index("seq_lens", seq_lens, torch.int32, (requests,))
+    _index("query_start", query_start, torch.int32, (requests + 1,))
+    _index("q_pos", q_pos, torch.int32, (tokens,))
+    if block_table.dim() != 2 or block_table.shape[0] != requests:
+        _fail(f"block_table must be [{requests}, max_blocks], not {list(block_table.shape)}")
+    if block_table.dtype != torch.int32 or block_table.stride(1) != 1:
+        _fail("block_table must be int32 with contiguous rows; call .to(torch.int32).contiguous()")
+    if window < 0:
+        _fail(f"window must be 0 (none) or positive, not {window}")
+    if out is not None:
+        _like("out", out, q, "q")
+    if lse is not None and (
+        lse.shape != q.shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous()
+    ):
+        _fail(f"lse must be contiguous float32 {[tokens, heads]}, not {lse.dtype} {list(lse.shape)}")
+    _devices(q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, out, lse)
+
+
+def write_kv(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_mapping: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor | None,
+    layers: bool,
+) -> None:
+    """For append_kv (`layers` False) and splice_kv (True: one more dimension in front)."""
+    extra = int(layers)
+    _floats("k", k, 3 + extra)
+    _like("v", v, k, "k")
+    _pages(k_pages, v_pages, 4 + extra)
+    if k.shape[-2:] != k_pages.shape[-2:] or (layers and k.shape[0] != k_pages.shape[0]):
+        _fail(f"k {list(k.shape)} does not fit pages {list(k_pages.shape)} (layers, kv_heads, head_dim)")
+    tokens = k.shape[extra]
+    _index("slot_mapping", slot_mapping, torch.int64, (tokens,))
+    _index("positions", positions, torch.int32, (tokens,))
+    if cos_sin is not None:
+        _table(cos_sin, k.shape[-1])
+    _devices(k, v, k_pages, v_pages, slot_mapping, positions, cos_sin)
+
+
+def rope(x: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+    _floats("x", x, 3)
+    _index("positions", positions, torch.int32, (x.shape[0],))
+    _table(cos_sin, x.shape[-1])
+    _devices(x, positions, cos_sin)
+
+
+def rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor | None) -> None:
+    _floats("x", x, 2)
+    if weight.shape != x.shape[1:] or weight.dtype not in FLOATS or not weight.is_contiguous():
+        _fail(f"weight must be contiguous floats [{x.shape[1]}], not {weight.dtype} {list(weight.shape)}")
+    if residual is not None:
+        _like("residual", residual, x, "x")
+    if out is not None:
+        _like("out", out, x, "x")
+    _devices(x, weight, residual, out)
+
+
+def silu_mul(gate: Tensor, up: Tensor, out: Tensor | None) -> None:
+    _floats("gate", gate, 2)
+    _like("up", up, gate, "gate")
+    if out is not None:
+        _like("out", out, gate, "gate")
+    _devices(gate, up, out)
+
+
+def linear(x: Tensor, weight: Tensor, out: Tensor | None) -> None:
+    _floats("x", x, 2)
+    _floats("weight", weight, 2)
+    if x.shape[1] != weight.shape[1]:
+        _fail(f"x has {x.shape[1]} columns but weight has {weight.shape[1]}")
+    if x.dtype != weight.dtype:
+        _fail(f"x is {x.dtype} but weight is {weight.dtype}; give both one dtype")
+    if out is not None:
+        _floats("out", out, 2)
+        if out.shape != (x.shape[0], weight.shape[0]) or out.dtype != x.dtype:
+            _fail(f"out must be {x.dtype} {[x.shape[0], weight.shape[0]]}, not {out.dtype} {list(out.shape)}")
+    _devices(x, weight, out)
+
+
+def _fail(message: str) -> NoReturn:
+    raise KernelContractError(f"{message} (docs/kernels.md has the contract)")
+
+
+def _floats(name: str, tensor: Tensor, dims: int) -> None:
+    if tensor.dim() != dims:
+        _fail(f"{name} must have {dims} dimensions, not {list(tensor.shape)}")
+    if tensor.dtype not in FLOATS:
+        _fail(f"{name} must be float32, float16 or bfloat16, not {tensor.dtype}")
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        _fail(f"the last dimension of {name} must be contiguous, its stride is {tensor.stride(-1)}")
+
+
+def _like(name: str, tensor: Tensor, model: Tensor, model_name: str) -> None:
+    _floats(name, tensor, model.dim())
+    if tensor.shape != model.shape or tensor.dtype != model.dtype:
+        _fail(
+            f"{name} must have {model_name}'s shape and dtype, {model.dtype} {list(model.shape)}, "
+            f"not {tensor.dtype} {list(tensor.shape)}"
+        )
+
+
+def _pages(k_pages: Tensor, v_pages: Tensor, dims: int) -> None:
+    _floats("k_pages", k_pages, dims)
+    _like("v_pages", v_pages, k_pages, "k_pages")
+
+
+def _index(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tensor.shape != shape:
+        _fail(f"{name} must be {dtype} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
+    if not tensor.is_contiguous():
+        _fail(f"{name} must be contiguous; call .contiguous()")
+
+
+def _table(cos_sin: Tensor, head_dim: int) -> None:
+    if cos_sin.dim() != 2 or cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
+        _fail(f"cos_sin must be contiguous float32 [max_position, rotary_dim], not {cos_sin.dtype}")
+    if cos_sin.shape[1] % 2 or not 0 < cos_sin.shape[1] <= head_dim:
+        _fail(f"rotary_dim ({cos_sin.shape[1]}) must be even and at most head_dim ({head_dim})")
+
+
+def _devices(first: Tensor, *others: Tensor | None) -> None:
+    device = first.device
+    for other in others:
+        if other is not None and other.device != device:
+            _fail(f"all tensors of one call must be on one device, not {device} and {other.device}")

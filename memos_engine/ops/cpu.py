@@ -1,0 +1,278 @@
+"""The native CPU backend: tensors to pointers, sizes and strides, nothing else.
+
+Dtypes that the native code does not know (float64) and layouts that it does not take go to the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, get_num_threads
+
+from memos_engine import _cpu
+from memos_engine.errors import KernelContractError, MemosEngineError
+from memos_engine.ops import reference
+
+NAME = "native"
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MESSAGES = {
+    1: "query_start must ascend from 0 and stay within the rows of q",
+    2: "a request sees more keys than its row of block_table has blocks for",
+    3: "block_table names a block outside the pages",
+    4: "slot_mapping names a slot outside the pages",
+    5: "a position is negative or has no row in cos_sin; build a longer table with ops.rope_table",
+}
+
+
+def available() -> list[str]:
+    """Instruction set levels that were compiled and that this machine runs, worst first."""
+    return [name for name, supported in _cpu.isa_levels() if supported]
+
+
+def isa() -> str:
+    """The level in use."""
+    return str(_cpu.isa_selected())
+
+
+def select_isa(name: str) -> None:
+    """Uses a level by name, or the best one for an empty name."""
+    levels = available()
+    if not levels:
+        raise MemosEngineError(
+            "this processor is older than x86-64-v2, the least that the native code needs; "
+            "set MEMOS_ENGINE_CPU_ISA=reference"
+        )
+    wanted = name or levels[-1]
+    if not _cpu.isa_select(wanted):
+        compiled = [level for level, _ in _cpu.isa_levels()]
+        why = "is not supported by this machine" if wanted in compiled else "is not a known level"
+        raise MemosEngineError(
+            f"MEMOS_ENGINE_CPU_ISA={wanted} {why}; choose one of {', '.join(['reference', *levels])}"
+        )
+
+
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    q_pos: Tensor,
+    sm_scale: float,
+    window: int = 0,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    q_dtype, kv_dtype = _DTYPES.get(q.dtype), _DTYPES.get(k_pages.dtype)
+    if q_dtype is None or kv_dtype is None:
+        return reference.paged_attention(
+            q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, sm_scale, window, out, lse
+        )
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype)
+    tokens, heads, dim = q.shape
+    blocks, page, kv_heads, _ = k_pages.shape
+    requests, max_blocks = block_table.shape
+    _check(
+        _cpu.paged_attention(
+            q.data_ptr(),
+            out.data_ptr(),
+            0 if lse is None else lse.data_ptr(),
+            k_pages.data_ptr(),
+            v_pages.data_ptr(),
+            block_table.data_ptr(),
+            query_start.data_ptr(),
+            seq_lens.data_ptr(),
+            q_pos.data_ptr(),
+            q_dtype,
+            kv_dtype,
+            tokens,
+            requests,
+            heads,
+            kv_heads,
+            dim,
+            blocks,
+            page,
+            max_blocks,
+            block_table.stride(0),
+            *q.stride()[:2],
+            *out.stride()[:2],
+            *k_pages.stride()[:3],
+            *v_pages.stride()[:3],
+            window,
+            sm_scale,
+            get_num_threads(),
+        )
+    )
+    return out
+
+
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_mapping: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor | None,
+    interleaved: bool = False,
+) -> None:
+    _write(
+        (k, v, k_pages, v_pages), 1, (0, 0, 0, 0), slot_mapping, positions, cos_sin, interleaved
+    ) or reference.append_kv(k, v, k_pages, v_pages, slot_mapping, positions, cos_sin, interleaved)
+
+
+def splice_kv(
+    src_k: Tensor,
+    src_v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_mapping: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor | None,
+    interleaved: bool = False,
+) -> None:
+    tensors = (src_k, src_v, k_pages, v_pages)
+    strides = (src_k.stride(0), src_v.stride(0), k_pages.stride(0), v_pages.stride(0))
+    _write(
+        tensors, src_k.shape[0], strides, slot_mapping, positions, cos_sin, interleaved
+    ) or reference.splice_kv(*tensors, slot_mapping, positions, cos_sin, interleaved)
+
+
+def _write(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    layers: int,
+    layer_strides: tuple[int, int, int, int],
+    slot_mapping: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor | None,
+    interleaved: bool,
+) -> bool:
+    """Both writers; False when a dtype is not the native code's."""
+    k, v, k_pages, v_pages = tensors
+    src_dtype, page_dtype = _DTYPES.get(k.dtype), _DTYPES.get(k_pages.dtype)
+    if src_dtype is None or page_dtype is None:
+        return False
+    tokens, kv_heads, dim = k.shape[-3:]
+    _check(
+        _cpu.write_kv(
+            k.data_ptr(),
+            v.data_ptr(),
+            k_pages.data_ptr(),
+            v_pages.data_ptr(),
+            slot_mapping.data_ptr(),
+            positions.data_ptr(),
+            0 if cos_sin is None else cos_sin.data_ptr(),
+            src_dtype,
+            page_dtype,
+            layers,
+            tokens,
+            kv_heads,
+            dim,
+            k_pages.shape[-4],
+            k_pages.shape[-3],
+            *((0, 0) if cos_sin is None else cos_sin.shape),
+            layer_strides[0],
+            *k.stride()[-3:-1],
+            layer_strides[1],
+            *v.stride()[-3:-1],
+            layer_strides[2],
+            *k_pages.stride()[-4:-1],
+            layer_strides[3],
+            *v_pages.stride()[-4:-1],
+            interleaved,
+            get_num_threads(),
+        )
+    )
+    return True
+
+
+def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool = False) -> None:
+    dtype = _DTYPES.get(x.dtype)
+    if dtype is None:
+        return reference.rope(x, positions, cos_sin, interleaved)
+    return _check(
+        _cpu.rope(
+            x.data_ptr(),
+            positions.data_ptr(),
+            cos_sin.data_ptr(),
+            dtype,
+            *x.shape,
+            *x.stride()[:2],
+            *cos_sin.shape,
+            interleaved,
+            get_num_threads(),
+        )
+    )
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    dtype, weight_dtype = _DTYPES.get(x.dtype), _DTYPES.get(weight.dtype)
+    if dtype is None or weight_dtype is None:
+        return reference.rms_norm(x, weight, eps, residual, out)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype)
+    _cpu.rms_norm(
+        x.data_ptr(),
+        weight.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        out.data_ptr(),
+        dtype,
+        weight_dtype,
+        *x.shape,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        out.stride(0),
+        eps,
+        get_num_threads(),
+    )
+    return out
+
+
+def silu_mul(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
+    dtype = _DTYPES.get(gate.dtype)
+    if dtype is None:
+        return reference.silu_mul(gate, up, out)
+    if out is None:
+        out = torch.empty(gate.shape, dtype=gate.dtype)
+    _cpu.silu_mul(
+        gate.data_ptr(),
+        up.data_ptr(),
+        out.data_ptr(),
+        dtype,
+        *gate.shape,
+        gate.stride(0),
+        up.stride(0),
+        out.stride(0),
+        get_num_threads(),
+    )
+    return out
+
+
+def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    dtype = _DTYPES.get(x.dtype)
+    if dtype is None or x.shape[0] > _cpu.LINEAR_MAX_TOKENS:
+        return reference.linear(x, weight, out)
+    if out is None:
+        out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
+    _cpu.linear(
+        x.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        dtype,
+        *x.shape,
+        weight.shape[0],
+        x.stride(0),
+        weight.stride(0),
+        out.stride(0),
+        get_num_threads(),
+    )
+    return out
+
+
+def _check(status: int) -> None:
+    if status:
+        raise KernelContractError(f"{_MESSAGES[status]} (docs/kernels.md has the contract)")

@@ -1,0 +1,173 @@
+"""Every op in plain torch: the definition of truth that all other backends are tested against.
+
+Arithmetic is float32, or float64 where the inputs are float64 (tests get their reference that way), and
+the result is rounded once, at the store. Shapes are those of docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NAME = "reference"
+
+
+def rope_table(inv_freq: Tensor, length: int, attention_scaling: float = 1.0) -> Tensor:
+    """Cosines and sines of positions 0..length-1: `[length, 2 * len(inv_freq)] float32`.
+
+    `inv_freq [rotary_dim / 2]` are radians per position. Angles are made in float32, as in transformers'
+    rotary embeddings, so that both give the same table; `attention_scaling` multiplies both halves.
+    """
+    positions = torch.arange(length, dtype=torch.float32, device=inv_freq.device)
+    angles = positions[:, None] * inv_freq.float()[None, :]
+    return torch.cat((angles.cos(), angles.sin()), dim=-1) * attention_scaling
+
+
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    q_pos: Tensor,
+    sm_scale: float,
+    window: int = 0,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k^T * sm_scale) v over paged keys, one request after the other."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    starts, lengths = query_start.tolist(), seq_lens.tolist()
+    for request, length in enumerate(lengths):
+        rows = slice(starts[request], starts[request + 1])
+        if rows.start == rows.stop:
+            continue
+        positions = q_pos[rows].long()
+        # Nothing behind the last visible key is read: those slots may hold anything, NaN too.
+        seen = max(0, min(length, int(positions.max()) + 1))
+        blocks = block_table[request, : -(-seen // k_pages.shape[1])].long()
+        k, v = (pages[blocks].flatten(0, 1)[:seen] for pages in (k_pages, v_pages))
+        keys = torch.arange(seen, device=q.device)
+        visible = keys <= positions[:, None]
+        if window > 0:
+            visible &= keys > positions[:, None] - window
+        result, row_lse = _attend(q[rows], k, v, visible, sm_scale)
+        out[rows] = result.to(out.dtype)
+        if lse is not None:
+            lse[rows] = row_lse.to(lse.dtype)
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sm_scale: float) -> tuple[Tensor, Tensor]:
+    """One request: `q [rows, heads, dim]`, `k, v [keys, kv_heads, dim]`, `visible [rows, keys]`."""
+    rows, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    q, k, v = (_upcast(t) for t in (q, k, v))
+    grouped = q.view(rows, kv_heads, heads // kv_heads, dim)
+    scores = torch.einsum("rhgd,khd->rhgk", grouped, k.to(q.dtype)) * sm_scale
+    scores = scores.masked_fill(~visible[:, None, None, :], float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    # A row that sees nothing has lse -inf; exp(-inf - 0) then gives it zeros instead of NaN.
+    weights = torch.exp(scores - torch.where(lse.isinf(), 0.0, lse)[..., None])
+    result = torch.einsum("rhgk,khd->rhgd", weights, v.to(q.dtype))
+    return result.reshape(rows, heads, dim), lse.reshape(rows, heads)
+
+
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_mapping: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor | None,
+    interleaved: bool = False,
+) -> None:
+    """Rotates new tokens' K and writes K and V into one layer's pages."""
+    page = k_pages.shape[1]
+    kept = slot_mapping >= 0
+    blocks, offsets = slot_mapping[kept] // page, slot_mapping[kept] % page
+    k_pages[blocks, offsets] = _rotate(k[kept], positions[kept], cos_sin, interleaved).to(k_pages.dtype)
+    v_pages[blocks, offsets] = v[kept].to(v_pages.dtype)
+
+
+def splice_kv(
+    src_k: Tensor,
+    src_v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_mapping: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor | None,
+    interleaved: bool = False,
+) -> None:
+    """Writes stored, unrotated K and V of all layers: `append_kv` layer by layer."""
+    for layer in range(src_k.shape[0]):
+        append_kv(
+            src_k[layer],
+            src_v[layer],
+            k_pages[layer],
+            v_pages[layer],
+            slot_mapping,
+            positions,
+            cos_sin,
+            interleaved,
+        )
+
+
+def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool = False) -> None:
+    """Rotates `x [tokens, heads, head_dim]` in place."""
+    x.copy_(_rotate(x, positions, cos_sin, interleaved))
+
+
+def _rotate(x: Tensor, positions: Tensor, cos_sin: Tensor | None, interleaved: bool) -> Tensor:
+    """The rotated copy in the compute dtype; channels from `rotary_dim` on pass unchanged."""
+    x = _upcast(x)
+    if cos_sin is None:
+        return x
+    half = cos_sin.shape[-1] // 2
+    table = cos_sin[positions.long(), None, :].to(x.dtype)
+    cos, sin = table[..., :half], table[..., half:]
+    first, second = (
+        (x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2])
+        if interleaved
+        else (x[..., :half], x[..., half : 2 * half])
+    )
+    a, b = first * cos - second * sin, second * cos + first * sin
+    rotated = torch.stack((a, b), dim=-1).flatten(-2) if interleaved else torch.cat((a, b), dim=-1)
+    return torch.cat((rotated, x[..., 2 * half :]), dim=-1)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight`, after `residual += x` where a residual is given."""
+    if residual is not None:
+        residual.copy_(_upcast(residual) + _upcast(x))
+        wide = _upcast(residual)
+    else:
+        wide = _upcast(x)
+    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * weight.to(wide.dtype)
+    return _store(normed, x, out)
+
+
+def silu_mul(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
+    """`silu(gate) * up`."""
+    wide = _upcast(gate)
+    return _store(wide * torch.sigmoid(wide) * _upcast(up), gate, out)
+
+
+def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """`x [tokens, k] @ weight[n, k]^T`, by torch's own matrix product."""
+    if out is None:
+        return torch.nn.functional.linear(x, weight)
+    return out.copy_(torch.nn.functional.linear(x, weight))
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _store(wide: Tensor, like: Tensor, out: Tensor | None) -> Tensor:
+    return wide.to(like.dtype) if out is None else out.copy_(wide)
