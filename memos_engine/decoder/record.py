@@ -110,7 +110,8 @@ def encode_record(k: Tensor, v: Tensor, token_ids: Sequence[int], identity: Reco
         "left": identity.left_contexts[0],
         "checksums": {name: _checksums(t) for name, t in tensors.items()},
     }
-    return save(tensors, metadata={"memos_engine": json.dumps(header)})
+    text = json.dumps(header)
+    return save(tensors, metadata={"memos_engine": text, "memos_engine_checksum": _header_checksum(text, tensors)})
 
 
 def decode_record(data: memoryview, expected: RecordIdentity) -> KVRecord:
@@ -121,8 +122,11 @@ def decode_record(data: memoryview, expected: RecordIdentity) -> KVRecord:
     try:
         size = int.from_bytes(data[:8], "little")
         entries = json.loads(bytes(data[8 : 8 + size]))
-        header = json.loads(entries.pop("__metadata__")["memos_engine"])
+        metadata = entries.pop("__metadata__")
         tensors = {name: _view(data, 8 + size, entry) for name, entry in entries.items()}
+        if metadata["memos_engine_checksum"] != _header_checksum(metadata["memos_engine"], tensors):
+            raise PayloadError("The KV record's header is damaged.", "checksum")
+        header = json.loads(metadata["memos_engine"])
         k, v, ids = tensors["k"], tensors["v"], tensors["token_ids"]
         checksums, fields = header["checksums"], header["identity_fields"]
         version, identity, left = header["format_version"], header["identity"], str(header["left"])
@@ -160,6 +164,12 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def _fast(tensor: Tensor) -> str:
     return xxhash.xxh3_128_hexdigest(_bytes(tensor))
+
+
+def _header_checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    """Covers the header and what the tensors claim to be; their contents have checksums of their own."""
+    shapes = [[name, str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())]
+    return xxhash.xxh3_128_hexdigest((text + json.dumps(shapes)).encode())
 
 
 def _checksums(tensor: Tensor) -> dict[str, str]:

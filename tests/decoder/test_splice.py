@@ -55,39 +55,29 @@ def test_a_chain_of_exact_records_is_exact(tiny_llama, make_engine, random_ids):
 @pytest.mark.parametrize("start", [0, 5, 16, 31])
 def test_an_unquantised_splice_equals_an_append_bit_for_bit(tiny_llama, make_engine, random_ids, dtype, start):
     """What a full prefill wrote into its pages, the splice of the same K and V writes again."""
-    name = str(dtype).removeprefix("torch.")
-    engine = make_engine(tiny_llama(heads=6, kv_heads=2, dtype=dtype), dtype=name)
-    left, span, q = random_ids(start, 1), random_ids(23, 2), random_ids(4, 3)
+    engine = make_engine(
+        tiny_llama(heads=6, kv_heads=2, dtype=dtype), dtype=str(dtype).removeprefix("torch.")
+    )
+    left, span = random_ids(start, 1), random_ids(23, 2)
     stored = record(engine, left, span)
 
     def pages(spans):
+        """K and V of the span's positions after the first step of a request."""
         seq = engine.add_request(spans, SamplingParams(max_new_tokens=3))
         engine.step()
-        cache, end = engine.runner.cache, start + len(span)
-        blocks = torch.tensor(seq.blocks)
-        k, v = (t[:, blocks].flatten(1, 2)[:, start:end].clone() for t in (cache.k, cache.v))
+        blocks, where = torch.tensor(seq.blocks), slice(start, start + len(span))
+        cache = engine.runner.cache
+        taken = [t[:, blocks].flatten(1, 2)[:, where].clone().view(torch.uint8) for t in (cache.k, cache.v)]
         engine.abort(seq)
         engine.forget_prefixes()
-        return k, v
+        return taken
 
+    # The append runs in the same forward shape as the build, so that only append and splice can differ.
+    appended = pages([TextSpan(left + span)])
     head = [TextSpan(left)] if left else []
-    # The same rows in the same forward shape as the build, so that only append and splice can differ.
-    appended_k, appended_v = pages([TextSpan(left + span)]) if not q else _prefill_pages(engine, left, span)
-    spliced_k, spliced_v = pages([*head, KVSpan(stored), TextSpan(q)])
-    assert torch.equal(appended_k.view(torch.uint8), spliced_k.view(torch.uint8))
-    assert torch.equal(appended_v.view(torch.uint8), spliced_v.view(torch.uint8))
-
-
-def _prefill_pages(engine, left, span):
-    seq = engine.add_request([TextSpan(left + span)], SamplingParams(max_new_tokens=3))
-    engine.step()
-    blocks, end = torch.tensor(seq.blocks), len(left) + len(span)
-    out = tuple(
-        t[:, blocks].flatten(1, 2)[:, len(left) : end].clone() for t in (engine.runner.cache.k, engine.runner.cache.v)
-    )
-    engine.abort(seq)
-    engine.forget_prefixes()
-    return out
+    spliced = pages([*head, KVSpan(stored), TextSpan(random_ids(4, 3))])
+    assert torch.equal(appended[0], spliced[0])
+    assert torch.equal(appended[1], spliced[1])
 
 
 def test_approximate_pages_are_never_taken_for_exact_ones(tiny_llama, make_engine, random_ids):
