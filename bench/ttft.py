@@ -56,7 +56,7 @@ def run(config: TtftConfig, progress: Callable[[str], None] = lambda _: None) ->
         folder, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", local_files_only=True
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    spec = ModelSpec.from_config(model.config)
+    spec = ModelSpec.from_config(model.config, type(model).__name__)
     weights = Weights.from_model(model, spec)
     most = max(config.contexts) + config.query + 512
     engine = DecoderEngine(spec, weights, DecoderConfig(dtype=config.dtype, pool_tokens=most))

@@ -113,7 +113,7 @@ class MemoryEngine:
         embedder: Embedder | None = None,
     ) -> MemoryEngine:
         """An engine over a live transformers model; parameters are shared, not copied."""
-        spec = ModelSpec.from_config(model.config)
+        spec = ModelSpec.from_config(model.config, type(model).__name__)
         weights = Weights.from_model(model, spec)
         eos = model.generation_config.eos_token_id if model.generation_config else None
         return cls(

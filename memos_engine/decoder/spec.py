@@ -69,9 +69,13 @@ class ModelSpec:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_size
 
     @classmethod
-    def from_config(cls, config: Any) -> ModelSpec:
-        """Reads a transformers `PretrainedConfig`; refuses by name what the decoder does not do."""
-        architecture = (getattr(config, "architectures", None) or [f"model_type {config.model_type!r}"])[0]
+    def from_config(cls, config: Any, architecture: str | None = None) -> ModelSpec:
+        """Reads a transformers `PretrainedConfig`; refuses by name what the decoder does not do.
+
+        architecture: the class of a live model; by default the config's own word for it.
+        """
+        if architecture is None:
+            architecture = (getattr(config, "architectures", None) or [f"model_type {config.model_type!r}"])[0]
         if architecture not in SUPPORTED_ARCHITECTURES:
             raise UnsupportedModelError(
                 f"{architecture} is not supported. Supported architectures: "

@@ -154,6 +154,9 @@ class _Attached:
             return "an empty prompt"
         if mask is not None and not bool((mask == 1).all()):
             return "an attention mask with padding"
+        pad, eos = config.get("pad_token_id"), _stops(config)
+        if mask is None and pad is not None and pad not in eos and bool((ids == pad).any()):
+            return "pad tokens in the prompt, for which transformers makes an attention mask"
         odd = [name for name, value in rest.items() if value is not None]
         odd += [
             name
@@ -189,8 +192,7 @@ def _sampling(config: dict[str, Any], prompt_len: int) -> SamplingParams:
     limit = config.get("max_new_tokens")
     if limit is None:
         limit = max(1, int(setting("max_length", 20 + prompt_len)) - prompt_len)
-    eos = config.get("eos_token_id")
-    stops = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+    stops = _stops(config)
     if not setting("do_sample", False):
         return SamplingParams(max_new_tokens=int(limit), stop_token_ids=stops)
     return SamplingParams(
@@ -200,6 +202,11 @@ def _sampling(config: dict[str, Any], prompt_len: int) -> SamplingParams:
         top_p=float(setting("top_p", 1.0)),
         stop_token_ids=stops,
     )
+
+
+def _stops(config: dict[str, Any]) -> tuple[int, ...]:
+    eos = config.get("eos_token_id")
+    return () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
 
 
 def _memory_place(prompt: list[int], engine: MemoryEngine) -> int:

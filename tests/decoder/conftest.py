@@ -44,7 +44,6 @@ def tiny_llama() -> Callable[..., Any]:
             max_position_embeddings=512,
             tie_word_embeddings=tied,
             rope_parameters=rope or {"rope_type": "default", "rope_theta": 10000.0},
-            architectures=["LlamaForCausalLM"],
             initializer_range=0.2,
             bos_token_id=1,
             eos_token_id=None,
@@ -75,7 +74,7 @@ def make_engine() -> Callable[..., Any]:
     from memos_engine.decoder.weights import Weights
 
     def make(model: Any, **fields: Any) -> DecoderEngine:
-        spec = ModelSpec.from_config(model.config)
+        spec = ModelSpec.from_config(model.config, type(model).__name__)
         return DecoderEngine(spec, Weights.from_model(model, spec), DecoderConfig(**fields))
 
     return make

@@ -159,7 +159,7 @@ def test_an_unsupported_architecture_names_the_supported_ones():
 def test_unsupported_features_are_refused_by_name(tiny_llama, change, words):
     config = tiny_llama().config.__class__(**{**tiny_llama().config.to_dict(), **change})
     with pytest.raises(UnsupportedModelError, match=words):
-        ModelSpec.from_config(config)
+        ModelSpec.from_config(config, "LlamaForCausalLM")
 
 
 def test_inverse_frequencies_equal_transformers(tiny_llama):
@@ -173,13 +173,13 @@ def test_inverse_frequencies_equal_transformers(tiny_llama):
     }
     for parameters in (rope, None):
         model = tiny_llama(rope=parameters, head_dim=64)
-        ours = ModelSpec.from_config(model.config).rope.inv_freq(64)
+        ours = ModelSpec.from_config(model.config, "LlamaForCausalLM").rope.inv_freq(64)
         assert torch.equal(ours, model.model.rotary_emb.inv_freq)
 
 
 def test_missing_and_misshapen_tensors_are_named(tiny_llama):
     model = tiny_llama()
-    spec = ModelSpec.from_config(model.config)
+    spec = ModelSpec.from_config(model.config, "LlamaForCausalLM")
     tensors = dict(model.named_parameters())
     missing = {n: t for n, t in tensors.items() if n != "model.layers.1.mlp.up_proj.weight"}
     with pytest.raises(ModelFilesError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
@@ -195,7 +195,7 @@ def test_missing_and_misshapen_tensors_are_named(tiny_llama):
 def test_a_folder_and_the_live_model_are_the_same_weights(tiny_llama, tmp_path, dtype):
     model = tiny_llama(tied=False)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
-    spec = ModelSpec.from_config(model.config)
+    spec = ModelSpec.from_config(model.config, "LlamaForCausalLM")
     loaded = Weights.from_folder(tmp_path, spec, dtype)
     live = Weights.from_model(model.to(dtype), spec)
     for name, tensor in live.tensors.items():
@@ -208,12 +208,12 @@ def test_a_folder_and_the_live_model_are_the_same_weights(tiny_llama, tmp_path, 
 
 def test_a_live_models_parameters_are_shared(tiny_llama):
     model = tiny_llama()
-    weights = Weights.from_model(model, ModelSpec.from_config(model.config))
+    weights = Weights.from_model(model, ModelSpec.from_config(model.config, "LlamaForCausalLM"))
     assert weights.embed.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     before = weights.fingerprint()
     with torch.no_grad():
         model.model.norm.weight.mul_(2)
-    assert Weights.from_model(model, ModelSpec.from_config(model.config)).fingerprint() != before
+    assert Weights.from_model(model, ModelSpec.from_config(model.config, "LlamaForCausalLM")).fingerprint() != before
     assert RopeSpec().kind == "default"
 
 
