@@ -17,7 +17,14 @@ def run(model: str = "smollm2", dtype: str = "bfloat16") -> dict[str, Any]:
     """Returns the result document; the measured process is a child, so nothing else counts."""
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, "-c", "from memos_engine.bench.memory import child; child()", model, dtype, folder],
+            [
+                sys.executable,
+                "-c",
+                "from memos_engine.bench.memory import child; child()",
+                model,
+                dtype,
+                folder,
+            ],
             stdout=subprocess.PIPE,
             text=True,
             cwd=folder,

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import random
 
-_PEOPLE = ["Anna", "Boris", "Clara", "David", "Edith", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leo"]
+_PEOPLE = [
+    "Anna",
+    "Boris",
+    "Clara",
+    "David",
+    "Edith",
+    "Felix",
+    "Greta",
+    "Hugo",
+    "Irene",
+    "Jonas",
+    "Karin",
+    "Leo",
+]
 _THINGS = ["bicycle", "piano", "garden", "boat", "lamp", "kettle", "ladder", "telescope", "blanket", "clock"]
 _PLACES = ["Lisbon", "Oslo", "Prague", "Toronto", "Nairobi", "Kyoto", "Lima", "Dublin", "Vienna", "Hanoi"]
 _COLOURS = ["red", "green", "blue", "yellow", "black", "white", "brown", "grey"]

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from memos_engine.bench.machine import machine
 from memos_engine.bench.texts import facts
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from memos_engine.config import DecoderConfig, SamplingParams
 from memos_engine.decoder.engine import DecoderEngine
 from memos_engine.decoder.record import KVRecord, ids_digest
@@ -83,7 +83,9 @@ def _measure(
     anchor = layout.anchor
     sizes = [context // config.memories + (i < context % config.memories) for i in range(config.memories)]
     spans = [_exactly(layout.memory(facts(i, size)), size) for i, size in enumerate(sizes)]
-    query = _exactly(layout.query("Where does Anna live and what does she do there? " * 3), config.query, tail=True)
+    query = _exactly(
+        layout.query("Where does Anna live and what does she do there? " * 3), config.query, tail=True
+    )
     anchor_span = KVSpan(_record(engine, (), anchor))
     records = [_record(engine, anchor, span) for span in spans]
     rng = random.Random(config.seed)

@@ -17,7 +17,18 @@ _HOMES = {
     "detach": "memos_engine.interfaces.attach",
     "MemosEngineError": "memos_engine.errors",
 }
-__all__ = sorted([*_HOMES, "__version__"])  # noqa: PLE0605
+__all__ = [
+    "DecoderConfig",
+    "MemoryConfig",
+    "MemoryEngine",
+    "MemosEngineError",
+    "Reply",
+    "SamplingParams",
+    "UserMemory",
+    "__version__",
+    "attach",
+    "detach",
+]
 
 if TYPE_CHECKING:
     from memos_engine.api import MemoryEngine, UserMemory

@@ -49,6 +49,10 @@ class ActivationMemory:
             self._anchor = (weights, KVSpan(KVRecord(k, v, ids, "anchor", ids_digest(()))))
         return self._anchor[1]
 
+    def salt(self, principal: Principal) -> bytes:
+        """Keeps tenants, and users inside one, apart: equal texts of two users have records of their own."""
+        return self.store.keys.tenant_salt(f"{principal.tenant}\x1f{principal.user}")
+
     def identity(self, principal: Principal, token_ids: tuple[int, ...]) -> RecordIdentity:
         """The identity a record of this span must have here and now."""
         anchor = ids_digest(self.layout.anchor)
@@ -60,7 +64,7 @@ class ActivationMemory:
             anchor=anchor,
             left_contexts=(anchor,),
             tokens=ids_digest(token_ids),
-            tenant_salt=self.store.keys.tenant_salt(principal.tenant),
+            tenant_salt=self.salt(principal),
         )
 
     def lookup(self, principal: Principal, cube: MemCube) -> KVRecord | Miss:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +19,13 @@ from memos_engine.decoder.record import KVRecord
 from memos_engine.decoder.sequence import KVSpan, Span, Stats, TextSpan
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.decoder.weights import Weights
-from memos_engine.errors import ContextLengthError, MemoryInputError, StoreError
+from memos_engine.errors import (
+    ContextLengthError,
+    MemoryInputError,
+    MemoryNotFoundError,
+    OutOfPagesError,
+    StoreError,
+)
 from memos_engine.memory.cube import MemCube, validate_text
 from memos_engine.memory.embed import Embedder, default_embedder
 from memos_engine.memory.governance import Principal
@@ -28,6 +35,8 @@ from memos_engine.memory.store import HistoryEntry, MemoryStore
 from memos_engine.models import resolve
 from memos_engine.prompt import PromptLayout
 from memos_engine.reply import Prepared, Reply, TextStream
+
+log = logging.getLogger("memos_engine")
 
 
 class MemoryEngine:
@@ -191,9 +200,7 @@ class MemoryEngine:
             found = self._record(principal, cube, form)
             if isinstance(found, KVRecord):
                 records[cube.id] = found
-            inputs.append(
-                PlanInput(cube.id, candidate.score, len(texts[cube.id]), _availability(found))
-            )
+            inputs.append(PlanInput(cube.id, candidate.score, len(texts[cube.id]), _availability(found)))
         fetched = time.perf_counter()
         window = min(self.decoder.spec.max_positions, self.decoder.pool_tokens) - len(head) - len(tail) - 1
         if window < 0:
@@ -242,9 +249,7 @@ class MemoryEngine:
     ) -> tuple[list[int], Stats, str]:
         """Decodes a prepared request. Returns the answer's ids without a stop token, what it cost, and the
         finish reason (stop or length)."""
-        root = b""
-        if self.store is not None:
-            root = self.store.keys.tenant_salt(prepared.principal.tenant)
+        root = b"" if self.activation is None else self.activation.salt(prepared.principal)
         out: StepOutput | None = None
         for out in self.decoder.generate(prepared.spans, params, root):
             if on_token is not None:
@@ -263,7 +268,15 @@ class MemoryEngine:
         if self.config.build and self.activation is not None:
             for segment in prepared.plan.segments:
                 if segment.form == "text":
-                    self.activation.build(prepared.principal, prepared.cubes[segment.cube_id])
+                    self._build(prepared.principal, prepared.cubes[segment.cube_id])
+
+    def _build(self, principal: Principal, cube: MemCube) -> None:
+        """Builds a record when nobody waits for it: the answer is out, so a failure is only logged."""
+        assert self.activation is not None
+        try:
+            self.activation.build(principal, cube)
+        except (MemoryNotFoundError, StoreError, OutOfPagesError) as error:
+            log.warning("memos_engine: the KV of memory %s was not stored: %s", cube.id, error)
 
 
 class UserMemory:
@@ -284,14 +297,7 @@ class UserMemory:
                 f"This memory has {tokens} tokens; at most {room} (half the context) fit beside a question. "
                 "Split it into parts."
             )
-        return engine.opened_store.add(
-            self.principal,
-            text,
-            vector=engine.embedder.embed([text])[0],
-            model_id=engine.embedder.model_id,
-            tags=tags,
-            idempotency_key=idempotency_key,
-        )
+        return engine.operator.remember(self.principal, text, tags=tags, idempotency_key=idempotency_key)
 
     def recall(self, query: str, k: int = 8) -> list[Candidate]:
         """The k memories nearest to the query, best first."""
@@ -323,7 +329,9 @@ class UserMemory:
         """What happened to a memory, oldest first."""
         return self.engine.opened_store.history(self.principal, cube_id)
 
-    def warm(self, cube_ids: Sequence[str] | None = None, progress: Callable[[str], None] | None = None) -> int:
+    def warm(
+        self, cube_ids: Sequence[str] | None = None, progress: Callable[[str], None] | None = None
+    ) -> int:
         """Builds the missing KV records of these (default: all live) memories; returns how many."""
         activation = self.engine.activation
         if activation is None:

@@ -24,8 +24,9 @@ def _require(condition: bool, message: str) -> None:
 class DecoderConfig:
     """How the decoder runs.
 
-    dtype: compute and page dtype; auto takes bfloat16 where the machine computes in it, else float32. page: tokens a KV page holds. pool_tokens: KV pool size in tokens
-    (None: the model's window, at most 4096). prefill_chunk: most rows of one prefill forward.
+    dtype: compute and page dtype; auto takes bfloat16 where the machine computes in it, else float32.
+    page: tokens a KV page holds. pool_tokens: KV pool size in tokens (None: the model's window, at most
+    4096). prefill_chunk: most rows of one prefill forward.
     """
 
     dtype: str = "auto"
@@ -39,7 +40,6 @@ class DecoderConfig:
         _require(self.pool_tokens is None or self.pool_tokens >= self.page, "pool_tokens: at least one page.")
         _require(self.prefill_chunk >= 1, "prefill_chunk: at least one token.")
 
-
     @property
     def resolved_dtype(self) -> str:
         return default_dtype() if self.dtype == "auto" else self.dtype
@@ -49,9 +49,9 @@ def default_dtype() -> str:
     """bfloat16 where the CPU (or a CUDA device) has instructions for it, else float32."""
     import torch
 
-    if torch.cuda.is_available() or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"):
-        return "bfloat16"
-    return "float32"
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = torch.cuda.is_available() or capabilities.get("avx512_bf16")
+    return "bfloat16" if fast else "float32"
 
 
 @dataclass(frozen=True)

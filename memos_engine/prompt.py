@@ -80,7 +80,8 @@ class PromptLayout:
         single = self._render([("user", _A)], generate=False)
         before, close = _cut(single, _A)
         prompted = _cut(self._render([("user", _A)], generate=True), _A)[1]
-        first, rest = _cut(self._render([("user", _A), ("assistant", _B), ("user", _C)], generate=False), _A)
+        dialogue = self._render([("user", _A), ("assistant", _B), ("user", _C)], generate=False)
+        rest = _cut(dialogue, _A)[1]
         middle, rest = _cut(rest, _B)
         answer_close_open = _cut(rest, _C)[0]
         try:
@@ -99,7 +100,9 @@ class PromptLayout:
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generate
+            )
         except Exception as error:  # templates raise whatever Jinja raises
             raise ModelError(f"The chat template refuses {[r for r, _ in turns]}: {error}") from error
         return str(text)

@@ -27,8 +27,8 @@ class Batcher:
         capacity = (self.pool.num_blocks - 1) * self.pool.page
         if seq.prompt_len >= self.max_positions:
             raise ContextLengthError(
-                f"The prompt has {seq.prompt_len} tokens; the model's window is {self.max_positions} including "
-                "the answer. Shorten the prompt or leave out memories."
+                f"The prompt has {seq.prompt_len} tokens; the model's window is {self.max_positions} "
+                "including the answer. Shorten the prompt or leave out memories."
             )
         if seq.prompt_len >= capacity:
             raise OutOfPagesError(
@@ -82,7 +82,9 @@ class Batcher:
     def finish(self, seq: Sequence, computed: int) -> None:
         """Publishes what is exact among the first `computed` tokens and returns the pages."""
         limit = computed if seq.fully_exact else min(seq.exact, computed)
-        for block, key in zip(seq.blocks, chain_keys(seq.root, seq.tokens[:limit], self.pool.page), strict=False):
+        for block, key in zip(
+            seq.blocks, chain_keys(seq.root, seq.tokens[:limit], self.pool.page), strict=False
+        ):
             self.pool.publish(block, key)
         self.drop(seq)
 

@@ -51,8 +51,8 @@ class BlockPool:
         """Takes `count` blocks, all or none."""
         if count > self.available:
             raise OutOfPagesError(
-                f"{count} pages of {self.page} tokens are needed, {self.available} of {self.num_blocks - 1} are "
-                "free. Shorten the prompt or open the engine with a larger pool_tokens."
+                f"{count} pages of {self.page} tokens are needed, {self.available} of {self.num_blocks - 1} "
+                "are free. Shorten the prompt or open the engine with a larger pool_tokens."
             )
         blocks = []
         for _ in range(count):

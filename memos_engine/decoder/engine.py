@@ -62,7 +62,9 @@ class DecoderEngine:
 
     # -- requests --------------------------------------------------------------------------------
 
-    def add_request(self, spans: Seq[Span], params: SamplingParams | None = None, root: bytes = b"") -> Sequence:
+    def add_request(
+        self, spans: Seq[Span], params: SamplingParams | None = None, root: bytes = b""
+    ) -> Sequence:
         """Queues a request. root: salts the prefix index (one per tenant)."""
         vocab = self.spec.vocab_size
         for span in spans:
@@ -191,4 +193,3 @@ class DecoderEngine:
         """Drops all reusable pages: the weights changed, or an owner's memories must go."""
         with self._lock:
             self.pool.forget()
-

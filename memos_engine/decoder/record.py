@@ -99,7 +99,9 @@ class KVRecord:
 def encode_record(k: Tensor, v: Tensor, token_ids: Sequence[int], identity: RecordIdentity) -> bytes:
     """Serialises a record. Refuses NaN and infinity: they would poison every answer."""
     if not (torch.isfinite(k).all() and torch.isfinite(v).all()):
-        raise PayloadError("The keys or values hold NaN or infinity; the record was not stored.", "not_finite")
+        raise PayloadError(
+            "The keys or values hold NaN or infinity; the record was not stored.", "not_finite"
+        )
     ids = torch.tensor(list(token_ids), dtype=torch.int32)
     tensors = {"k": k.contiguous(), "v": v.contiguous(), "token_ids": ids}
     header = {
@@ -111,7 +113,9 @@ def encode_record(k: Tensor, v: Tensor, token_ids: Sequence[int], identity: Reco
         "checksums": {name: _checksums(t) for name, t in tensors.items()},
     }
     text = json.dumps(header)
-    return save(tensors, metadata={"memos_engine": text, "memos_engine_checksum": _header_checksum(text, tensors)})
+    metadata = {"memos_engine": text, "memos_engine_checksum": _header_checksum(text, tensors)}
+    data: bytes = save(tensors, metadata=metadata)
+    return data
 
 
 def decode_record(data: memoryview, expected: RecordIdentity) -> KVRecord:
@@ -159,7 +163,7 @@ def _view(data: memoryview, base: int, entry: dict[str, Any]) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _fast(tensor: Tensor) -> str:

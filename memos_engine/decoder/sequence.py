@@ -104,7 +104,7 @@ class Sequence:
         return end
 
     def layout(self, reused: int) -> list[Splice]:
-        """Given that the first `reused` tokens are in shared pages, sets `pending` and returns the splices."""
+        """Sets `pending` and returns the splices, given that the first `reused` tokens are in shared pages."""
         splices, start = [], 0
         self.pending = []
         for span in self.spans:

@@ -75,7 +75,9 @@ class ModelSpec:
         architecture: the class of a live model; by default the config's own word for it.
         """
         if architecture is None:
-            architecture = (getattr(config, "architectures", None) or [f"model_type {config.model_type!r}"])[0]
+            architecture = (getattr(config, "architectures", None) or [f"model_type {config.model_type!r}"])[
+                0
+            ]
         if architecture not in SUPPORTED_ARCHITECTURES:
             raise UnsupportedModelError(
                 f"{architecture} is not supported. Supported architectures: "
@@ -90,7 +92,7 @@ class ModelSpec:
             )
         if config.num_attention_heads % config.num_key_value_heads:
             raise UnsupportedModelError(
-                f"{config.num_attention_heads} heads cannot share {config.num_key_value_heads} KV heads evenly."
+                f"{config.num_attention_heads} heads cannot share {config.num_key_value_heads} KV heads."
             )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(

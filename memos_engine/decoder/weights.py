@@ -156,7 +156,7 @@ def _checked(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -
 
 def _tensor_digest(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(flat)).digest()
+    return hashlib.sha256(flat.data).digest()
 
 
 def _read_file(
@@ -180,12 +180,19 @@ def _read_file(
                     raise ModelFilesError(f"{path} is truncated; pull the model again.")
                 shape = tuple(entry["shape"])
                 if stored == dtype:
-                    yield name, torch.frombuffer(mapped, dtype=dtype, count=_count(shape), offset=base + begin).view(shape)
+                    yield (
+                        name,
+                        torch.frombuffer(mapped, dtype=dtype, count=_count(shape), offset=base + begin).view(
+                            shape
+                        ),
+                    )
                 else:
                     file.seek(base + begin)
                     yield name, _convert(file, shape, stored, dtype, end - begin)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelFilesError(f"{path} cannot be read as safetensors ({error}); pull the model again.") from error
+        raise ModelFilesError(
+            f"{path} cannot be read as safetensors ({error}); pull the model again."
+        ) from error
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -116,7 +116,13 @@ class _Attached:
     # -- one call --------------------------------------------------------------------------------
 
     def _decode(
-        self, engine: MemoryEngine, prompt: list[int], config: dict[str, Any], user: str | None, query: Any, form: Any
+        self,
+        engine: MemoryEngine,
+        prompt: list[int],
+        config: dict[str, Any],
+        user: str | None,
+        query: Any,
+        form: Any,
     ) -> list[int]:
         params = _sampling(config, len(prompt))
         if engine.store is None or user is None:
@@ -161,7 +167,10 @@ class _Attached:
         odd += [
             name
             for name, value in config.items()
-            if name not in _HANDLED and value is not None and value is not False and value != _NEUTRAL.get(name)
+            if name not in _HANDLED
+            and value is not None
+            and value is not False
+            and value != _NEUTRAL.get(name)
         ]
         if odd:
             return f"it uses {', '.join(sorted(odd))}"
@@ -210,8 +219,10 @@ def _stops(config: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _memory_place(prompt: list[int], engine: MemoryEngine) -> int:
-    """Where memories go: behind the anchor or, with another system prompt, behind the first turn; 0: in front,
-    with an anchor of their own."""
+    """Where memories go: behind the anchor or, with another system prompt, behind the first turn.
+
+    0: in front of the prompt, with an anchor of their own.
+    """
     anchor = list(engine.layout.anchor)
     if anchor and prompt[: len(anchor)] == anchor and len(prompt) > len(anchor):
         return len(anchor)

@@ -25,7 +25,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 models_app = typer.Typer(help="Fetch and check models.", no_args_is_help=True)
-bench_app = typer.Typer(help="Measure on this machine; the last line of --json output is the result.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Measure on this machine; the last line of --json output is the result.", no_args_is_help=True
+)
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 
@@ -36,10 +38,12 @@ StoreOption = Annotated[
     Path, typer.Option("--store", envvar="MEMOS_ENGINE_STORE", help="Store directory (made if missing).")
 ]
 UserOption = Annotated[
-    str | None, typer.Option("--user", "-u", envvar="MEMOS_ENGINE_USER", help="Whose memories (default: you).")
+    str | None,
+    typer.Option("--user", "-u", envvar="MEMOS_ENGINE_USER", help="Whose memories (default: you)."),
 ]
 ModelOption = Annotated[
-    str, typer.Option("--model", envvar="MEMOS_ENGINE_MODEL", help="Alias, hub id or folder of a pulled model.")
+    str,
+    typer.Option("--model", envvar="MEMOS_ENGINE_MODEL", help="Alias, hub id or folder of a pulled model."),
 ]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, or auto: what this machine is fast at.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -105,8 +109,12 @@ def recall(
 @app.command()
 def forget(
     text: Annotated[str | None, typer.Argument(help="Show the memories this matches.")] = None,
-    id_: Annotated[list[str] | None, typer.Option("--id", help="Act on this memory; may be repeated.")] = None,
-    how: Annotated[str, typer.Option(help="archive (kept, not retrieved), delete, or erase (text destroyed).")] = "delete",
+    id_: Annotated[
+        list[str] | None, typer.Option("--id", help="Act on this memory; may be repeated.")
+    ] = None,
+    how: Annotated[
+        str, typer.Option(help="archive (kept, not retrieved), delete, or erase (text destroyed).")
+    ] = "delete",
     store: StoreOption = DEFAULT_STORE,
     user: UserOption = None,
     model: ModelOption = "smollm2",
@@ -125,7 +133,9 @@ def forget(
                 _emit([{"score": round(c.score, 4), **c.cube.to_dict()} for c in found])
             else:
                 _memories_table([(c.cube, c.score) for c in found])
-                console.print("Nothing was changed. Act with: memos-engine forget --id ID --how archive|delete|erase")
+                console.print(
+                    "Nothing was changed. Act with: memos-engine forget --id ID --how archive|delete|erase"
+                )
             return
         for cube_id in id_ or ():
             getattr(person, how)(cube_id)
@@ -152,7 +162,9 @@ def history(
         return
     table = Table("when", "event", "version", "state", "text")
     for e in entries:
-        table.add_row(f"{e.at:%Y-%m-%d %H:%M:%S}", e.event, str(e.version), str(e.state), e.text or "(erased)")
+        table.add_row(
+            f"{e.at:%Y-%m-%d %H:%M:%S}", e.event, str(e.version), str(e.state), e.text or "(erased)"
+        )
     console.print(table)
 
 
@@ -179,11 +191,15 @@ def chat(
         if question is not None:
             _answer(person, question, params, (), as_json)
             return
-        notes.print("Type a message; [bold]/remember TEXT[/bold] stores a memory, an empty line ends.", style="dim")
+        notes.print(
+            "Type a message; [bold]/remember TEXT[/bold] stores a memory, an empty line ends.", style="dim"
+        )
         turns: list[tuple[str, str]] = []
         while line := _ask():
             if line.startswith("/remember "):
-                notes.print(f"Remembered as {person.remember(line.removeprefix('/remember ')).id}.", style="dim")
+                notes.print(
+                    f"Remembered as {person.remember(line.removeprefix('/remember ')).id}.", style="dim"
+                )
                 continue
             turns.append((line, _answer(person, line, params, tuple(turns[-3:]), as_json)))
 
@@ -195,7 +211,9 @@ def _ask() -> str:
         return ""
 
 
-def _answer(person: Any, question: str, params: Any, turns: tuple[tuple[str, str], ...], as_json: bool) -> str:
+def _answer(
+    person: Any, question: str, params: Any, turns: tuple[tuple[str, str], ...], as_json: bool
+) -> str:
     def show(piece: str) -> None:
         print(piece, end="", flush=True)
 
@@ -252,7 +270,9 @@ def models_list(as_json: JsonOption = False) -> None:
 
     found = list_models()
     if as_json:
-        _emit([{"name": m.name, "path": str(m.path), "bytes": m.bytes, "complete": m.complete} for m in found])
+        _emit(
+            [{"name": m.name, "path": str(m.path), "bytes": m.bytes, "complete": m.complete} for m in found]
+        )
         return
     table = Table("name", "MB", "complete", "path")
     for m in found:
@@ -272,7 +292,9 @@ def models_verify(source: str) -> None:
 
 @app.command()
 def doctor(
-    store: Annotated[Path | None, typer.Option(envvar="MEMOS_ENGINE_STORE", help="Also check this store.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(envvar="MEMOS_ENGINE_STORE", help="Also check this store.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what is installed, which kernels run, and whether a store is sound."""
@@ -284,7 +306,9 @@ def doctor(
 
 @app.command()
 def demo(
-    store: Annotated[Path | None, typer.Option(help="Keep the store here (default: a temporary folder).")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Keep the store here (default: a temporary folder).")
+    ] = None,
     model: ModelOption = "smollm2",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
@@ -299,7 +323,9 @@ def demo(
 def bench_ttft(
     model: ModelOption = "smollm2",
     dtype: Annotated[str, typer.Option()] = "bfloat16",
-    context: Annotated[list[int] | None, typer.Option(help="Memory tokens; may be repeated (default 1024).")] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(help="Memory tokens; may be repeated (default 1024).")
+    ] = None,
     query: Annotated[int, typer.Option(min=1)] = 32,
     memories: Annotated[int, typer.Option(min=1)] = 4,
     n: Annotated[int, typer.Option(help="Measured rounds.", min=1)] = 9,
@@ -315,7 +341,11 @@ def bench_ttft(
         model, dtype, tuple(context or (1024,)), query, memories, n, seed=seed, threads=threads,
         peers=tuple(p for p in peers.split(",") if p),
     )  # fmt: skip
-    _bench(lambda progress: ttft.run(config, progress), as_json, ["system", "mode", "context", "ttft_ms_p50", "ttft_ms_p95", "same_first_token"])
+    _bench(
+        lambda progress: ttft.run(config, progress),
+        as_json,
+        ["system", "mode", "context", "ttft_ms_p50", "ttft_ms_p95", "same_first_token"],
+    )
 
 
 @bench_app.command("memory")
@@ -327,7 +357,11 @@ def bench_memory(
     """Peak memory of a process that remembers, prefills, splices and answers."""
     from memos_engine.bench import memory
 
-    _bench(lambda _: memory.run(model, dtype), as_json, ["dtype", "peak_mb", "model_mb", "pool_mb", "overhead_mb"])
+    _bench(
+        lambda _: memory.run(model, dtype),
+        as_json,
+        ["dtype", "peak_mb", "model_mb", "pool_mb", "overhead_mb"],
+    )
 
 
 def _bench(run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool, columns: list[str]) -> None:

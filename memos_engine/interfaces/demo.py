@@ -1,8 +1,8 @@
 """The demo: two users, their memories, ten fixed questions, answered three ways.
 
 The first process remembers and stores the KV records; a second one, started afresh, answers. Greedy decoding,
-the same prompt ids whether a memory enters as text or as KV, page reuse switched off between runs so that each
-time to first token stands alone. The small model's mistakes are shown.
+the same prompt ids whether a memory enters as text or as KV, page reuse switched off between runs so that
+each time to first token stands alone. The small model's mistakes are shown.
 """
 
 from __future__ import annotations
@@ -63,7 +63,15 @@ def _child(phase: str, store: Path, model: str, dtype: str) -> dict[str, Any]:
     code = "from memos_engine.interfaces.demo import child; child()"
     store.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        [sys.executable, "-c", code, phase, str(store), str(Path(model).resolve() if Path(model).exists() else model), dtype],
+        [
+            sys.executable,
+            "-c",
+            code,
+            phase,
+            str(store),
+            str(Path(model).resolve() if Path(model).exists() else model),
+            dtype,
+        ],
         stdout=subprocess.PIPE,
         text=True,
         cwd=store,
@@ -160,9 +168,7 @@ def _show(result: dict[str, Any], console: Console) -> None:
             text = " ".join(cell["answer"].split())
             text = text if len(text) <= 110 else text[:107] + "..."
             forms = f", {len(cell['forms'])} memories" if cell["forms"] else ""
-            console.print(
-                f"  {label:<9} {mark} {cell['ttft_ms']:6.0f} ms  ", end="", highlight=False
-            )
+            console.print(f"  {label:<9} {mark} {cell['ttft_ms']:6.0f} ms  ", end="", highlight=False)
             console.print(f"{text}  ({cell['prompt_tokens']} tokens{forms})", markup=False, highlight=False)
     table = Table("", "right answers", "time to first token (median)", title="Ten questions")
     for mode, label in MODES.items():

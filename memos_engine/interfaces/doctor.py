@@ -43,8 +43,12 @@ def examine(store: Path | None) -> dict[str, Any]:
 def show(report: dict[str, Any], console: Console) -> None:
     """Prints a report for people."""
     packages = ", ".join(f"{n} {v}" for n, v in report["packages"].items() if v)
-    console.print(f"memos-engine {report['memos_engine']}, Python {report['python']}, SQLite {report['sqlite']}")
-    console.print(f"{packages}; {report['cores']} cores, {report['threads']} threads, GPU: {report['gpu'] or 'none'}")
+    console.print(
+        f"memos-engine {report['memos_engine']}, Python {report['python']}, SQLite {report['sqlite']}"
+    )
+    console.print(
+        f"{packages}; {report['cores']} cores, {report['threads']} threads, GPU: {report['gpu'] or 'none'}"
+    )
     console.print(f"default dtype here: {report['default_dtype']}")
     table = Table("op", "path")
     for op, path in report["ops"].items():
@@ -54,12 +58,14 @@ def show(report: dict[str, Any], console: Console) -> None:
     if not report["models"]:
         console.print("No model yet: memos-engine models pull smollm2")
     for model in report["models"]:
-        console.print(f"model {model['name']}: {'complete' if model['complete'] else 'INCOMPLETE, pull it again'}")
+        console.print(
+            f"model {model['name']}: {'complete' if model['complete'] else 'INCOMPLETE, pull it again'}"
+        )
     if "store" in report:
         s = report["store"]
         console.print(
-            f"store {s['path']}: {s['cubes']} memories, {s['kv_records']} KV records ({s['kv_bytes'] / 1e6:.0f} MB), "
-            f"audit chain of {s['audited']} events verifies"
+            f"store {s['path']}: {s['cubes']} memories, {s['kv_records']} KV records "
+            f"({s['sound']} files sound), audit chain of {s['audited']} events verifies"
         )
 
 
@@ -77,4 +83,4 @@ def _store(path: Path) -> dict[str, Any]:
     if not (path / "memory.db").exists():
         raise NotAStoreError(f"{path} is not a memos_engine store.")
     with MemoryStore.open(path) as store:
-        return {"path": str(path), "audited": store.audit_verify(), **store.stats()}
+        return {"path": str(path), "audited": store.audit_verify(), "sound": store.scrub(), **store.stats()}

@@ -53,6 +53,8 @@ from memos_engine.memory.store_rows import (
 from memos_engine.memory.store_vectors import VectorRows, insert_vector, unit_vector
 from memos_engine.memory.vault import BlobRef, FileSystem
 
+__all__ = ["HistoryEntry", "MemoryStore"]
+
 Cubes = list[MemCube]  # inside of the class, `list` is a verb
 History = list[HistoryEntry]
 
@@ -207,28 +209,24 @@ class MemoryStore(VectorRows, KVRows):
 
     def get_many(self, principal: Principal, ids: Iterable[str]) -> dict[str, MemCube]:
         """Those of `ids` that the caller may see and that are live, by id."""
-        return {cube.id: cube for cube in self._select(principal, LIVE, "c.id", filter(is_cube_id, ids))}
+        found: dict[str, MemCube] = {}
+        with self._db.read() as conn:
+            now = self._now()
+            for cube_id in dict.fromkeys(ids):
+                with contextlib.suppress(MemoryNotFoundError):
+                    cube = find(conn, principal, cube_id, now)
+                    if cube.state in LIVE:
+                        found[cube_id] = cube
+        return found
 
     def list(self, principal: Principal, *, states: Collection[LifecycleState] = LIVE) -> Cubes:
         """The caller's memories in these states, by creation. Deleted ones show only in `history`."""
-        return self._select(principal, states)
-
-    def _select(
-        self,
-        principal: Principal,
-        states: Collection[LifecycleState],
-        column: str = "",
-        values: Iterable[str] = (),
-    ) -> Cubes:
         where, params = visible(principal, self._now())
         params["states"] = among(LifecycleState(state).value for state in states)
-        if column:
-            where += f" AND {column} IN (SELECT value FROM json_each(:values))"
-            params["values"] = among(set(values))
         with self._db.read() as conn:
             rows = conn.execute(
-                f"{SELECT_CUBE} WHERE {where} AND c.state IN (SELECT value FROM json_each(:states)) ORDER BY "
-                "c.id",
+                f"{SELECT_CUBE} WHERE {where} AND c.state IN (SELECT value FROM json_each(:states)) "
+                "ORDER BY c.id",
                 params,
             ).fetchall()
         return [cube_of(row) for row in rows]
@@ -309,9 +307,9 @@ class MemoryStore(VectorRows, KVRows):
         """Destroy the memory's text, tags, vectors and KV in any state; ids, times and fingerprints remain.
 
         With `rewrite` no byte of the text is left in the store's files on return; that rewrites the database.
-        To erase many, pass False and call `finish_erasures()` once. Returns
-        what `delete` does. Raises `MemoryNotFoundError`, also when it is erased already, and what `finish_erasures`
-        raises: the erasure itself is then done and final.
+        To erase many, pass False and call `finish_erasures()` once. Returns what `delete` does. Raises
+        `MemoryNotFoundError`, also when it is erased already, and what `finish_erasures` raises: the erasure
+        itself is then done and final.
         """
         refs: tuple[BlobRef, ...] = ()
         with self._db.write() as conn:

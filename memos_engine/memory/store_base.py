@@ -90,9 +90,6 @@ class StoreBase:
     ) -> None:
         self.close()
 
-    def _moment(self) -> datetime:
-        return self._clock()
-
     def _now(self) -> str:
         return time_to_text(self._clock())
 

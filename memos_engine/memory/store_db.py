@@ -23,7 +23,6 @@ from memos_engine.memory.schema import APPLICATION_ID
 from memos_engine.memory.vault import FULL
 
 DATABASE, VAULT, INDEX = "memory.db", "vault", "index"
-_MAGIC = b"SQLite format 3\0"
 _SIDE_FILES = {DATABASE + suffix for suffix in ("-wal", "-shm", "-journal")}
 _MIN_SQLITE = (3, 37, 0)  # STRICT tables
 
@@ -79,7 +78,7 @@ class StoreDB:
         try:
             _check_directory(directory)
             _make_directory(directory)
-            _check_header(self.path)
+            _check_owner(self.path)
             self._open(busy_timeout_ms / 1000, steps)
         except (sqlite3.Error, OSError) as error:
             self.close()
@@ -89,10 +88,11 @@ class StoreDB:
             raise
 
     def _open(self, timeout_s: float, steps: Sequence[Step]) -> None:
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)  # SQLite would make it readable by everyone
-        os.close(fd)
+        fresh = not self.path.exists()
         conn = sqlite3.connect(self.path, timeout=timeout_s, isolation_level=None, check_same_thread=False)
         self._conn = conn
+        if fresh:
+            os.chmod(self.path, 0o600)  # SQLite makes files that everybody may read
         conn.execute("PRAGMA synchronous = FULL")
         conn.execute("PRAGMA foreign_keys = ON")
         conn.execute("PRAGMA secure_delete = ON")
@@ -190,21 +190,24 @@ def _make_directory(directory: Path) -> None:
         ) from error
 
 
-def _check_header(path: Path) -> None:
-    """Look at the first bytes without SQLite, which could change a foreign database merely by opening it."""
+def _check_owner(path: Path) -> None:
+    """Raises `NotAStoreError` unless the file is absent, empty or a database of ours; changes nothing.
+
+    Opened as immutable: SQLite neither locks it nor plays back its log. Reading it without SQLite would be
+    worse: closing the file would drop the locks of every other connection that this process has to it.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    conn = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
     try:
-        with open(path, "rb") as file:
-            header = file.read(100)
-    except FileNotFoundError:
-        return
-    if not header:
-        return
-    if len(header) < 100 or not header.startswith(_MAGIC):
-        raise NotAStoreError(f"{path} is not a SQLite database; name another directory, or restore a backup.")
-    if int.from_bytes(header[68:72], "big") != APPLICATION_ID:
-        raise NotAStoreError(
-            f"{path} is the database of another program; name another directory for the store."
-        )
+        # A checkpoint or first commit that was killed half-way leaves a file shorter than its header
+        # says; the real opening repairs that. This setting has SQLite read the header all the same.
+        conn.execute("PRAGMA writable_schema = ON")
+        (owner,) = conn.execute("PRAGMA application_id").fetchone()
+    finally:
+        conn.close()
+    if owner != APPLICATION_ID:
+        raise NotAStoreError(f"{path} is another program's database; name another directory for the store.")
 
 
 def _switch_to_wal(conn: sqlite3.Connection, timeout_s: float) -> None:

@@ -72,7 +72,12 @@ def test_sampling_with_the_global_generator_equals_transformers(tiny_llama, make
     model = tiny_llama(seed=5)
     engine = make_engine(model, dtype="float32")
     ids = random_ids(21)
-    for settings in ({"temperature": 0.8}, {"top_k": 7}, {"top_p": 0.6}, {"temperature": 1.5, "top_k": 20, "top_p": 0.9}):
+    for settings in (
+        {"temperature": 0.8},
+        {"top_k": 7},
+        {"top_p": 0.6},
+        {"temperature": 1.5, "top_k": 20, "top_p": 0.9},
+    ):
         full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings}
         torch.manual_seed(11)
         hf = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=True, pad_token_id=0, **full)

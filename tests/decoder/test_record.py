@@ -72,7 +72,9 @@ def test_fields_cannot_run_into_each_other():
 
 def test_the_file_does_not_hold_the_salt():
     secret = dataclasses.replace(IDENTITY, tenant_salt=b"this salt must stay secret")
-    assert b"must stay secret" not in encode_record(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), [1], secret)
+    assert b"must stay secret" not in encode_record(
+        torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), [1], secret
+    )
 
 
 @settings(max_examples=200, deadline=None)

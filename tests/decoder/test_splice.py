@@ -24,7 +24,9 @@ def run(engine, spans, count=40):
     return seq
 
 
-@pytest.mark.parametrize(("anchor", "memory", "query"), [(1, 1, 1), (20, 37, 9), (16, 16, 16), (31, 100, 32), (0, 33, 5)])
+@pytest.mark.parametrize(
+    ("anchor", "memory", "query"), [(1, 1, 1), (20, 37, 9), (16, 16, 16), (31, 100, 32), (0, 33, 5)]
+)
 def test_a_spliced_prefix_gives_the_tokens_of_full_prefill(
     tiny_llama, make_engine, random_ids, anchor, memory, query
 ):
@@ -53,8 +55,10 @@ def test_a_chain_of_exact_records_is_exact(tiny_llama, make_engine, random_ids):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("start", [0, 5, 16, 31])
-def test_an_unquantised_splice_equals_an_append_bit_for_bit(tiny_llama, make_engine, random_ids, dtype, start):
-    """What a full prefill wrote into its pages, the splice of the same K and V writes again."""
+def test_an_unquantised_splice_equals_an_append_bit_for_bit(
+    tiny_llama, make_engine, random_ids, dtype, start
+):
+    """Bit for bit: what a full prefill wrote into its pages, the splice of the same K and V writes."""
     engine = make_engine(
         tiny_llama(heads=6, kv_heads=2, dtype=dtype), dtype=str(dtype).removeprefix("torch.")
     )
@@ -85,7 +89,9 @@ def test_approximate_pages_are_never_taken_for_exact_ones(tiny_llama, make_engin
     a, m1, m2, q = random_ids(20, 1), random_ids(40, 2), random_ids(40, 3), random_ids(9, 4)
     truth = run(engine, [TextSpan(a + m1 + m2 + q)]).output
     engine.forget_prefixes()
-    spliced = run(engine, [TextSpan(a), KVSpan(record(engine, a, m1)), KVSpan(record(engine, a, m2)), TextSpan(q)])
+    spliced = run(
+        engine, [TextSpan(a), KVSpan(record(engine, a, m1)), KVSpan(record(engine, a, m2)), TextSpan(q)]
+    )
     assert spliced.exact == len(a) + len(m1)
     again = run(engine, [TextSpan(a + m1 + m2 + q)])
     assert again.stats.prefix_tokens == (len(a) + len(m1)) // 16 * 16  # only the exact pages

@@ -59,7 +59,12 @@ def test_greedy_tokens_equal_transformers_for_twenty_prompts(hf, engine):
         prompt = torch.tensor([ids])
         mask = torch.ones_like(prompt)  # left to itself, transformers takes the end-of-turn token for padding
         expected = hf.generate(
-            prompt, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=2
+            prompt,
+            attention_mask=mask,
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=2,
         )
         assert answer(engine, [TextSpan(ids)]) == expected[0, len(ids) :].tolist(), text
 
@@ -77,7 +82,10 @@ def test_a_spliced_prefix_gives_the_tokens_of_full_prefill(engine):
 
 def test_a_memory_is_remembered_spliced_and_used(smollm2_path, tmp_path):
     with MemoryEngine.open(
-        smollm2_path, tmp_path / "store", decoder=DecoderConfig(dtype="float32"), memory=MemoryConfig(build=False)
+        smollm2_path,
+        tmp_path / "store",
+        decoder=DecoderConfig(dtype="float32"),
+        memory=MemoryConfig(build=False),
     ) as engine:
         alice = engine.user("alice")
         alice.remember("My brother Marcus lives in Toronto and drives a bus.")

@@ -64,7 +64,7 @@ def test_one_memory_spliced_gives_the_tokens_of_its_text(engine):
     engine.decoder.forget_prefixes()
     person.warm()
     spliced = person.chat("What is my dog called?", SHORT, form="kv")
-    assert spliced.forms == {k: "kv" for k in text.forms}
+    assert spliced.forms == dict.fromkeys(text.forms, "kv")
     assert spliced.token_ids == text.token_ids
 
 

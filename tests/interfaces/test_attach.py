@@ -6,7 +6,14 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, TextStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TextStreamer,
+)
 
 from memos_engine import MemoryConfig, MemoryEngine, attach, detach
 from memos_engine.errors import ContextLengthError, MemoryInputError, ModelError, OutOfPagesError
@@ -169,7 +176,9 @@ def test_memories_steer_the_answer_but_never_show(model, tokenizer, store):
     engine = model._memos_engine.engine
     forms = []
     run = engine.run
-    engine.run = lambda prepared, *rest: forms.append([s.form for s in prepared.plan.segments]) or run(prepared, *rest)
+    engine.run = lambda prepared, *rest: (
+        forms.append([s.form for s in prepared.plan.segments]) or run(prepared, *rest)
+    )
     first = model.generate(**inputs, max_new_tokens=16, do_sample=False)
     second = model.generate(**inputs, max_new_tokens=16, do_sample=False)
     size = inputs["input_ids"].shape[1]

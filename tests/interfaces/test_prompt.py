@@ -12,8 +12,8 @@ from memos_engine.prompt import PromptLayout
 
 INST = (
     "{{ bos_token }}{% for m in messages %}{% if loop.index0 % 2 != (m['role'] == 'assistant') | int %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
-    "{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}"
+    "[INST] {{ m['content'] }} [/INST]{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
 )
 
 
