@@ -11,6 +11,7 @@ from typing import Any
 
 from memos_engine.bench.machine import machine
 from memos_engine.bench.texts import facts
+from memos_engine.errors import MemosEngineError
 
 
 def run(model: str = "smollm2", dtype: str = "bfloat16") -> dict[str, Any]:
@@ -28,8 +29,10 @@ def run(model: str = "smollm2", dtype: str = "bfloat16") -> dict[str, Any]:
             stdout=subprocess.PIPE,
             text=True,
             cwd=folder,
-            check=True,
+            check=False,
         )
+    if done.returncode != 0:
+        raise MemosEngineError(f"The measured process ended with status {done.returncode}.")
     row = json.loads(done.stdout.splitlines()[-1])
     config = {"model": model, "dtype": dtype}
     return {"bench": "memory", "version": 1, "machine": machine(), "config": config, "rows": [row]}

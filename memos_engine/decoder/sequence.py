@@ -104,7 +104,7 @@ class Sequence:
         return end
 
     def layout(self, reused: int) -> list[Splice]:
-        """Sets `pending` and returns the splices, given that the first `reused` tokens are in shared pages."""
+        """Sets `pending` and returns the splices, the first `reused` tokens being in shared pages."""
         splices, start = [], 0
         self.pending = []
         for span in self.spans:

@@ -1,0 +1,137 @@
+"""The command line: what people and programs read, and errors of one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from memos_engine.interfaces import cli
+from memos_engine.memory import embed
+
+
+@pytest.fixture(autouse=True)
+def _hashing(monkeypatch, tiny_folder, tmp_path):
+    monkeypatch.setattr("memos_engine.api.default_embedder", lambda: embed.HashingEmbedder(64))
+    monkeypatch.setenv("MEMOS_ENGINE_MODEL", str(tiny_folder))
+    monkeypatch.setenv("MEMOS_ENGINE_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("MEMOS_ENGINE_USER", "alice")
+
+
+def run(*args, **kwargs):
+    return CliRunner().invoke(cli.app, [str(a) for a in args], catch_exceptions=False, **kwargs)
+
+
+def data(*args):
+    result = run(*args, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_remember_recall_history_forget():
+    cube = data("remember", "My dog is called Biscuit.", "--tag", "pets")
+    data("remember", "My sister lives in Lisbon.")
+    found = data("recall", "dog called Biscuit", "-k", 1)
+    assert [f["id"] for f in found] == [cube["id"]]
+    assert "Biscuit" in run("recall", "dog").stdout
+    assert data("forget", "Biscuit dog")[0]["id"] == cube["id"]
+    assert len(data("recall", "dog")) == 2, "forget TEXT only shows"
+    assert data("forget", "--id", cube["id"], "--how", "archive") == {"archived": [cube["id"]]}
+    assert len(data("recall", "dog")) == 1
+    data("forget", "--id", cube["id"], "--how", "erase")
+    entries = data("history", cube["id"])
+    assert [e["event"] for e in entries][-2:] == ["archived", "erased"]
+    assert all(e["text"] is None for e in entries)
+    assert "erased" in run("history", cube["id"]).stdout
+
+
+def test_chat_answers_and_explains():
+    data("remember", "My dog is called Biscuit.")
+    reply = data("chat", "What is my dog called?", "--max-new-tokens", 4, "--dtype", "float32")
+    assert {"text", "ttft_ms", "plan", "timings_ms"} <= set(reply)
+    assert reply["plan"][0]["form"] == "text"
+    again = data("chat", "What is my dog called?", "--max-new-tokens", 4, "--dtype", "float32")
+    assert again["plan"][0]["form"] == "kv"
+    assert "first token" in run("chat", "Hello", "--max-new-tokens", 3).output
+
+
+def test_a_conversation_over_standard_input():
+    talk = run("chat", "--max-new-tokens", 3, "--json", input="Hello\n/remember I like tea.\nAnd now?\n\n")
+    lines = [json.loads(line) for line in talk.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 2
+    assert data("recall", "tea")[0]["body"] == "I like tea."
+
+
+def test_doctor_models_and_version(tmp_path):
+    run("remember", "x")
+    report = data("doctor", "--store", tmp_path / "store")
+    assert report["store"]["cubes"] == 1
+    assert "paged_attention" in run("doctor").stdout
+    assert isinstance(data("models", "list"), list)
+    assert "0.1.0" in run("--version").stdout
+
+
+@pytest.mark.parametrize("arguments", [["forget"], ["forget", "text", "--id", "x"], ["forget", "x", "--how", "burn"]])
+def test_contradictory_arguments_are_usage_errors(arguments):
+    assert run(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (["recall", ""], "MemoryInputError"),
+        (["remember", "   "], "MemoryInputError"),
+        (["forget", "--id", "nobody"], "MemoryNotFoundError"),
+        (["history", "nobody"], "MemoryNotFoundError"),
+        (["recall", "x", "--model", "no/such-model"], "ModelFilesError"),
+        (["recall", "x", "--store", __file__], "NotAStoreError"),
+        (["chat", "x", "--form", "magic"], "ConfigError"),
+    ],
+)
+def test_expected_errors_are_one_line(arguments, kind, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["memos-engine", *arguments, "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["error"] == kind
+    assert "Traceback" not in captured.err
+
+
+def test_bench_ttft_gives_the_documented_rows(tiny_folder):
+    document = data(
+        "bench", "ttft", "--model", tiny_folder, "--dtype", "float32", "--context", 96, "--query", 16,
+        "--memories", 3, "--n", 2,
+    )  # fmt: skip
+    assert document["bench"] == "ttft"
+    assert {"version", "machine", "config", "rows"} <= set(document)
+    rows = {(r["system"], r["mode"]): r for r in document["rows"]}
+    ours = {("memos_engine", m) for m in ("full", "prefix", "splice", "query_only")}
+    assert set(rows) == ours | {("transformers", "full")}
+    keys = "scope reuse context query memories recompute dtype tier ttft_ms_p50 ttft_ms_p95 same_first_token"
+    assert set(keys.split()) <= set(rows["memos_engine", "splice"])
+    assert rows["transformers", "full"]["same_first_token"] == 1.0
+    assert rows["memos_engine", "prefix"]["same_first_token"] == 1.0
+
+
+@pytest.mark.smollm2
+def test_bench_memory_gives_its_row(smollm2_path):
+    (row,) = data("bench", "memory", "--model", smollm2_path, "--dtype", "bfloat16")["rows"]
+    assert row["peak_mb"] > 0
+    assert row["spliced_tokens"] > 0
+
+
+@pytest.mark.smollm2
+@pytest.mark.slow
+def test_the_demo_runs_in_two_processes(smollm2_path, minilm_path):
+    result = data("demo", "--model", smollm2_path)
+    assert result["pid"] != result["answering_pid"]
+    assert result["memories"] >= 15
+    assert result["longest"] >= 600
+    assert len(result["questions"]) == 10
+    assert result["foreign_memories"] == 0
+    assert set(result["summary"]) == {"none", "text", "kv"}
+    forms = {form for row in result["questions"] for form in row["modes"]["kv"]["forms"]}
+    assert forms == {"kv"}
