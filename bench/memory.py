@@ -11,6 +11,7 @@ from typing import Any
 
 from memos_engine.bench.machine import machine
 from memos_engine.bench.texts import facts
+
 from memos_engine.errors import MemosEngineError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from memos_engine.activation import ActivationMemory, Miss
-from memos_engine.config import DecoderConfig, MemoryConfig, SamplingParams
+from memos_engine.config import SYSTEM_PROMPT, DecoderConfig, MemoryConfig, SamplingParams
 from memos_engine.decoder.engine import DecoderEngine, StepOutput
 from memos_engine.decoder.record import KVRecord
 from memos_engine.decoder.sequence import KVSpan, Span, Stats, TextSpan
@@ -75,9 +75,11 @@ class MemoryEngine:
         decoder: DecoderConfig | None = None,
         memory: MemoryConfig | None = None,
         embedder: Embedder | None = None,
-        system_prompt: str | None = None,
+        system_prompt: str | None = SYSTEM_PROMPT,
     ) -> MemoryEngine:
         """Opens a pulled model (alias, hub id or folder) and a store directory (made if missing).
+
+        system_prompt: part of the anchor, so of every record's identity; None takes the template's own.
 
         Raises ModelFilesError when the model was not pulled, UnsupportedModelError when the decoder cannot
         run it, StoreError when the directory cannot be used.

@@ -9,6 +9,11 @@ from memos_engine.errors import MemosEngineError
 
 DTYPES = ("auto", "float32", "bfloat16")
 FORMS = ("auto", "text", "kv", "none")
+# Chosen on invented facts, apart from the demo's: of 48 questions SmolLM2-135M answers 34 from memories as
+# text, against 26 with its template's own prompt, and splicing loses none of them (against 9).
+SYSTEM_PROMPT = (
+    "You are a helpful assistant with a memory. Use what the user told you before to answer the question."
+)
 
 
 class ConfigError(MemosEngineError, ValueError):

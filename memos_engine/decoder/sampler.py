@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from memos_engine.config import SamplingParams
+from memos_engine.errors import ModelError
 
 
 class Sampler:
@@ -21,9 +22,12 @@ class Sampler:
             self.generator = torch.Generator(device=device).manual_seed(params.seed)
 
     def __call__(self, logits: Tensor) -> int:
-        """logits `[vocab] float32`; returns a token id."""
+        """logits `[vocab] float32`; returns a token id. Raises ModelError on NaN: no token is better."""
+        best = logits.max(dim=-1)
+        if not torch.isfinite(best.values):  # max() passes NaN on
+            raise ModelError("The model's logits are not finite. Check its weights and dtype.")
         if self.params.greedy:
-            return int(logits.argmax())
+            return int(best.indices)
         probs = torch.softmax(self.filtered(logits), dim=-1)
         return int(torch.multinomial(probs, 1, generator=self.generator))
 

@@ -13,6 +13,7 @@ from memos_engine.decoder.weights import Weights
 from memos_engine.errors import (
     ContextLengthError,
     MemoryInputError,
+    ModelError,
     ModelFilesError,
     OutOfPagesError,
     UnsupportedModelError,
@@ -239,6 +240,15 @@ def test_a_live_models_parameters_are_shared(tiny_llama):
 def test_settings_out_of_range_are_refused(make):
     with pytest.raises(ConfigError):
         make()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error(temperature, value):
+    logits = torch.zeros(9)
+    logits[4] = value
+    with pytest.raises(ModelError, match="not finite"):
+        Sampler(SamplingParams(temperature=temperature, seed=0))(logits)
 
 
 def test_sampling_follows_the_filtered_distribution():

@@ -11,7 +11,9 @@ from memos_engine.errors import (
     ContextLengthError,
     MemoryInputError,
     MemoryNotFoundError,
+    ModelError,
     ModelFilesError,
+    PayloadError,
     StoreError,
 )
 from memos_engine.memory.embed import HashingEmbedder
@@ -164,6 +166,19 @@ def test_history_goes_in_front(alice):
     plain = alice.chat("And now?", SHORT)
     total = reply.stats.prefix_tokens + reply.stats.computed_tokens + reply.stats.spliced_tokens
     assert total > plain.stats.prefix_tokens + plain.stats.computed_tokens + plain.stats.spliced_tokens
+
+
+def test_a_model_that_gives_nan_stores_nothing(tiny_folder, tmp_path):
+    with open_engine(tiny_folder, tmp_path / "nan") as engine:
+        person = engine.user("alice")
+        person.remember(FACTS[0])
+        engine.decoder.runner.model.weights.layers[1].v[:] = float("nan")
+        with pytest.raises(PayloadError, match="NaN"):
+            person.warm()
+        with pytest.raises(ModelError, match="finite"):
+            person.chat("dog", SHORT)
+        assert kv_files(engine) == []
+        engine.decoder.check_integrity()
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n\t", "a\x00b", 7, None])

@@ -219,12 +219,11 @@ def test_a_user_without_memories_loses_nothing(model, tokenizer, store):
 
 
 def test_records_are_shared_with_the_engine_that_made_them(model, tokenizer, tiny_folder, store):
-    """The same weights, tokenizer and dtype are the same identity, whoever loads them."""
+    """The same weights, tokenizer, anchor and dtype are the same identity, whoever loads them."""
     from memos_engine import DecoderConfig
 
-    with MemoryEngine.open(
-        tiny_folder, store, decoder=DecoderConfig(dtype="float32"), embedder=embed.HashingEmbedder(64)
-    ) as engine:
+    exact, hashing = DecoderConfig(dtype="float32"), embed.HashingEmbedder(64)
+    with MemoryEngine.open(tiny_folder, store, decoder=exact, embedder=hashing, system_prompt=None) as engine:
         assert engine.user("alice").warm() == 2
     attach(model, tokenizer, store, user="alice", memory=MemoryConfig(min_score=-1))
     assert model._memos_engine.engine.user("alice").warm() == 0

@@ -73,7 +73,9 @@ def test_doctor_models_and_version(tmp_path):
     assert "0.1.0" in run("--version").stdout
 
 
-@pytest.mark.parametrize("arguments", [["forget"], ["forget", "text", "--id", "x"], ["forget", "x", "--how", "burn"]])
+@pytest.mark.parametrize(
+    "arguments", [["forget"], ["forget", "text", "--id", "x"], ["forget", "x", "--how", "burn"]]
+)
 def test_contradictory_arguments_are_usage_errors(arguments):
     assert run(*arguments).exit_code == 2
 

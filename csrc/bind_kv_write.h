@@ -1,0 +1,26 @@
+// The argument list of the KV writers, shared by the CPU and the CUDA module.
+#pragma once
+
+#include <cstdint>
+
+#include "memos_engine/kernels.h"
+
+// Pointers come as integers; then sizes; then the strides of k, v, k_pages and v_pages without their last.
+#define ME_KV_WRITE_PARAMETERS                                                                              \
+    uintptr_t k, uintptr_t v, uintptr_t k_pages, uintptr_t v_pages, uintptr_t slot, uintptr_t positions,    \
+        uintptr_t cos_sin, int src_dtype, int page_dtype, int64_t layers, int64_t tokens, int64_t kv_heads, \
+        int64_t head_dim, int64_t blocks, int64_t page, int64_t max_position, int64_t rotary_dim,           \
+        int64_t k_layer, int64_t k_token, int64_t k_head, int64_t v_layer, int64_t v_token, int64_t v_head, \
+        int64_t kp_layer, int64_t kp_block, int64_t kp_token, int64_t kp_head, int64_t vp_layer,            \
+        int64_t vp_block, int64_t vp_token, int64_t vp_head, bool interleaved
+
+#define ME_KV_WRITE_ARGUMENTS                                                                               \
+    memos_engine::KvWrite {                                                                                 \
+        reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v),                                 \
+            reinterpret_cast<void*>(k_pages), reinterpret_cast<void*>(v_pages),                             \
+            reinterpret_cast<const int64_t*>(slot), reinterpret_cast<const int32_t*>(positions),            \
+            reinterpret_cast<const float*>(cos_sin), static_cast<memos_engine::DType>(src_dtype),           \
+            static_cast<memos_engine::DType>(page_dtype), layers, tokens, kv_heads, head_dim, blocks, page, \
+            max_position, rotary_dim, k_layer, k_token, k_head, v_layer, v_token, v_head, kp_layer,         \
+            kp_block, kp_token, kp_head, vp_layer, vp_block, vp_token, vp_head, interleaved                 \
+    }

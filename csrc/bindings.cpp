@@ -1,0 +1,141 @@
+// memos_engine._cpu: pointers come as integers (tensor.data_ptr()), sizes and strides in elements.
+#include <pybind11/pybind11.h>
+
+#include "bind_kv_write.h"
+
+namespace py = pybind11;
+using namespace memos_engine;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+using Address = uintptr_t;
+using Size = int64_t;
+
+template <class F>
+int unlocked(F&& f) {
+    py::gil_scoped_release release;
+    return static_cast<int>(f());
+}
+
+int py_paged_attention(Address q, Address out, Address lse, Address k, Address v, Address block_table,
+                       Address query_start, Address seq_lens, Address q_pos, int q_dtype, int kv_dtype,
+                       Size tokens, Size requests, Size heads, Size kv_heads, Size head_dim, Size blocks,
+                       Size page, Size max_blocks, Size table_stride, Size q_token, Size q_head,
+                       Size out_token, Size out_head, Size k_block, Size k_token, Size k_head, Size v_block,
+                       Size v_token, Size v_head, Size window, float sm_scale, int threads) {
+    const Attention args = {at<void>(q),
+                            at<void>(out),
+                            at<float>(lse),
+                            at<void>(k),
+                            at<void>(v),
+                            at<int32_t>(block_table),
+                            at<int32_t>(query_start),
+                            at<int32_t>(seq_lens),
+                            at<int32_t>(q_pos),
+                            static_cast<DType>(q_dtype),
+                            static_cast<DType>(kv_dtype),
+                            tokens,
+                            requests,
+                            heads,
+                            kv_heads,
+                            head_dim,
+                            blocks,
+                            page,
+                            max_blocks,
+                            table_stride,
+                            q_token,
+                            q_head,
+                            out_token,
+                            out_head,
+                            k_block,
+                            k_token,
+                            k_head,
+                            v_block,
+                            v_token,
+                            v_head,
+                            window,
+                            sm_scale};
+    return unlocked([&] { return paged_attention(args, threads); });
+}
+
+int py_write_kv(ME_KV_WRITE_PARAMETERS, int threads) {
+    const KvWrite args = ME_KV_WRITE_ARGUMENTS;
+    return unlocked([&] { return write_kv(args, threads); });
+}
+
+int py_rope(Address x, Address positions, Address cos_sin, int dtype, Size tokens, Size heads, Size head_dim,
+            Size token, Size head, Size max_position, Size rotary_dim, bool interleaved, int threads) {
+    const Rope args = {at<void>(x),
+                       at<int32_t>(positions),
+                       at<float>(cos_sin),
+                       static_cast<DType>(dtype),
+                       tokens,
+                       heads,
+                       head_dim,
+                       token,
+                       head,
+                       max_position,
+                       rotary_dim,
+                       interleaved};
+    return unlocked([&] { return rope(args, threads); });
+}
+
+void py_rms_norm(Address x, Address weight, Address residual, Address out, int dtype, int weight_dtype,
+                 Size tokens, Size hidden, Size x_token, Size residual_token, Size out_token, float eps,
+                 int threads) {
+    const RmsNorm args = {at<void>(x),
+                          at<void>(weight),
+                          at<void>(residual),
+                          at<void>(out),
+                          static_cast<DType>(dtype),
+                          static_cast<DType>(weight_dtype),
+                          tokens,
+                          hidden,
+                          x_token,
+                          residual_token,
+                          out_token,
+                          eps};
+    unlocked([&] { return rms_norm(args, threads), 0; });
+}
+
+void py_silu_mul(Address gate, Address up, Address out, int dtype, Size tokens, Size width, Size gate_token,
+                 Size up_token, Size out_token, int threads) {
+    const SiluMul args = {at<void>(gate), at<void>(up), at<void>(out), static_cast<DType>(dtype),
+                          tokens,         width,        gate_token,    up_token,
+                          out_token};
+    unlocked([&] { return silu_mul(args, threads), 0; });
+}
+
+void py_linear(Address x, Address weight, Address out, int dtype, Size tokens, Size inputs, Size outputs,
+               Size x_token, Size weight_row, Size out_token, int threads) {
+    const Linear args = {at<void>(x), at<void>(weight), at<void>(out), static_cast<DType>(dtype),
+                         tokens,      inputs,           outputs,       x_token,
+                         weight_row,  out_token};
+    unlocked([&] { return linear(args, threads), 0; });
+}
+
+py::list isa_levels() {
+    py::list levels;
+    for (int i = 0; isa_name(i); ++i) levels.append(py::make_tuple(isa_name(i), isa_supported(i)));
+    return levels;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "CPU kernels; memos_engine.ops.cpu is the way in";
+    m.def("paged_attention", &py_paged_attention);
+    m.def("write_kv", &py_write_kv);
+    m.def("rope", &py_rope);
+    m.def("rms_norm", &py_rms_norm);
+    m.def("silu_mul", &py_silu_mul);
+    m.def("linear", &py_linear);
+    m.def("isa_levels", &isa_levels, "[(name, supported here)], worst first");
+    m.def("isa_select", &isa_select);
+    m.def("isa_selected", &isa_selected);
+}

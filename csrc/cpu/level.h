@@ -1,0 +1,43 @@
+// What one instruction set level offers: single-threaded functions over a range of the work. The files that
+// are compiled once per level define these; planning, checks and threads are in files compiled once.
+#pragma once
+
+#include "memos_engine/kernels.h"
+
+namespace memos_engine {
+
+// Rows of one request and KV head, packed as row = token * group + head within the group, against a key
+// range.
+struct AttentionItem {
+    int32_t request, kv_head;
+    int32_t row, rows;
+    int32_t key, key_end;  // key_end <= seq_len and <= the last key that any of the rows sees, plus one
+    float* partial;        // null: write `out`; else max [rows], sum [rows], result [rows][head_dim]
+};
+
+constexpr int kTileRows = 16;  // query rows side by side in vector lanes
+constexpr int kItemRows = 4 * kTileRows;
+constexpr int kDecodeRows = 8;    // up to here vector lanes hold channels instead
+constexpr int kDecodeKeys = 256;  // keys of one item in that case
+constexpr int kSplitRows = 128;   // up to here keys are split as well, into ranges of kSplitKeys
+constexpr int kSplitKeys = 512;
+
+struct Level {
+    // `scratch` holds as many bytes as the function's own `..._scratch(head_dim)` says.
+    void (*attention)(const Attention&, const AttentionItem&, float* scratch);
+    void (*attention_decode)(const Attention&, const AttentionItem&, float* scratch);
+    void (*attention_merge)(const Attention&, const AttentionItem* items, int count);
+    int64_t (*attention_scratch)(int64_t head_dim);
+    int64_t (*decode_scratch)(int64_t head_dim);
+    void (*write_kv)(const KvWrite&, int64_t layer, int64_t token, int64_t token_end);
+    void (*rope)(const Rope&, int64_t token, int64_t token_end);
+    void (*rms_norm)(const RmsNorm&, int64_t token, int64_t token_end, float* weight);
+    void (*silu_mul)(const SiluMul&, int64_t token, int64_t token_end);
+    int64_t (*linear_scratch)(const Linear&);
+    void (*linear_pack)(const Linear&, void* packed);  // x in the form that `linear` reads
+    void (*linear)(const Linear&, const void* packed, int64_t output, int64_t output_end);
+};
+
+const Level* selected_level();
+
+}  // namespace memos_engine

@@ -1,0 +1,186 @@
+// Vectors of floats as wide as the level's registers, and conversions between them and storage.
+//
+// Everything is in an unnamed namespace: a helper with external linkage, compiled for AVX-512 in one file and
+// for SSE in another, could be merged by the linker into one copy that the older machine cannot run.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "memos_engine/kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace memos_engine {
+namespace ME_LEVEL {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+#define ME_INLINE inline __attribute__((always_inline))
+
+typedef float F __attribute__((vector_size(kWidth * 4)));
+typedef int32_t I __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t U __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t H __attribute__((vector_size(kWidth * 2)));
+
+template <class V, class T>
+ME_INLINE V load_bits(const T* p) {
+    V v;
+    std::memcpy(&v, p, sizeof(V));
+    return v;
+}
+
+template <class V, class T>
+ME_INLINE void store_bits(T* p, V v) {
+    std::memcpy(p, &v, sizeof(V));
+}
+
+ME_INLINE F load(const float* p) { return load_bits<F>(p); }
+ME_INLINE void store(float* p, F v) { store_bits(p, v); }
+ME_INLINE F splat(float x) { return F{} + x; }
+ME_INLINE I splat(int32_t x) { return I{} + x; }
+ME_INLINE F max(F a, F b) { return a > b ? a : b; }
+
+ME_INLINE float sum4(float v __attribute__((vector_size(16)))) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+ME_INLINE float sum(F v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+    return sum4(_mm256_castps256_ps128((__m256)v) + _mm256_extractf128_ps((__m256)v, 1));
+#else
+    return sum4(v);
+#endif
+}
+
+// One struct per storage dtype: `load` widens kWidth elements, `store` rounds them to nearest even.
+struct Float32 {
+    typedef float T;
+    static constexpr DType dtype = DType::f32;
+    static ME_INLINE F load(const T* p) { return load_bits<F>(p); }
+    static ME_INLINE void store(T* p, F v) { store_bits(p, v); }
+};
+
+struct BFloat16 {
+    typedef uint16_t T;
+    static constexpr DType dtype = DType::bf16;
+    static ME_INLINE F load(const T* p) { return (F)(__builtin_convertvector(load_bits<H>(p), U) << 16); }
+    static ME_INLINE void store(T* p, F v) {
+        const U bits = (U)v;
+        const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        const U quiet_nan = (bits >> 16) | 0x40u;
+        store_bits(p, __builtin_convertvector(v == v ? rounded : quiet_nan, H));
+    }
+};
+
+struct Float16 {
+    typedef uint16_t T;
+    static constexpr DType dtype = DType::f16;
+#if defined(__AVX512F__)
+    static ME_INLINE F load(const T* p) { return (F)_mm512_cvtph_ps(load_bits<__m256i>(p)); }
+    static ME_INLINE void store(T* p, F v) {
+        store_bits(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+#elif defined(__F16C__) && defined(__AVX2__)
+    static ME_INLINE F load(const T* p) { return (F)_mm256_cvtph_ps(load_bits<__m128i>(p)); }
+    static ME_INLINE void store(T* p, F v) {
+        store_bits(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+#else
+    static ME_INLINE F load(const T* p) {
+        const U bits = __builtin_convertvector(load_bits<H>(p), U);
+        const U magnitude = bits & 0x7fffu;
+        // 2^112 moves the exponent from half to single bias, subnormals included.
+        U wide = (U)((F)(magnitude << 13) * 0x1p112f);
+        wide = magnitude >= 0x7c00u ? (wide | 0x7f800000u) : wide;
+        return (F)(wide | ((bits & 0x8000u) << 16));
+    }
+    static ME_INLINE void store(T* p, F v) {
+        const U bits = (U)v, sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+        const U normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+        // Adding 0.5 makes the addition itself round a subnormal half to its last place.
+        const U subnormal = (U)((F)magnitude + 0.5f) - (126u << 23);
+        const U special = magnitude > 0x7f800000u ? (U{} + 0x7e00u) : (U{} + 0x7c00u);
+        U half = magnitude < (113u << 23) ? subnormal : normal;
+        half = magnitude >= (143u << 23) ? special : half;
+        store_bits(p, __builtin_convertvector(half | sign, H));
+    }
+#endif
+};
+
+// The first n < kWidth elements; missing ones read as zero.
+template <class S>
+ME_INLINE F load_some(const typename S::T* p, int64_t n) {
+    typename S::T lanes[kWidth] = {};
+    std::memcpy(lanes, p, n * sizeof(typename S::T));
+    return S::load(lanes);
+}
+
+template <class S>
+ME_INLINE void store_some(typename S::T* p, F v, int64_t n) {
+    typename S::T lanes[kWidth];
+    S::store(lanes, v);
+    std::memcpy(p, lanes, n * sizeof(typename S::T));
+}
+
+// Widens n elements; `to` gets zeros up to `padded`.
+template <class S>
+ME_INLINE void widen(float* to, const typename S::T* from, int64_t n, int64_t padded) {
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) store(to + i, S::load(from + i));
+    for (; i < padded; i += kWidth) store(to + i, i < n ? load_some<S>(from + i, n - i) : F{});
+}
+
+template <class S>
+ME_INLINE void narrow(typename S::T* to, const float* from, int64_t n) {
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) S::store(to + i, load(from + i));
+    if (i < n) store_some<S>(to + i, load_some<Float32>(from + i, n - i), n - i);
+}
+
+// 2^x for x <= 0, -inf included; relative error 1e-7. The polynomial is a minimax fit of 2^f on [-0.5, 0.5].
+// At -127 it is 1 and the exponent field comes out as zero: whatever is too small for a normal number becomes
+// 0.
+ME_INLINE F exp2_nonpositive(F x) {
+    constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+    x = max(x, splat(-127.0f));
+    const F shifted = x + kMagic;
+    const F f = x - (shifted - kMagic);
+    F p = splat(0.00015353362f);
+    p = p * f + 0.0013398874f;
+    p = p * f + 0.0096184369f;
+    p = p * f + 0.055503324f;
+    p = p * f + 0.24022648f;
+    p = p * f + 0.69314718f;
+    p = p * f + 1.0f;
+    return (F)((U)p + ((U)shifted << 23));
+}
+
+// Calls f with the struct of a dtype.
+template <class Fn>
+ME_INLINE void with_dtype(DType dtype, Fn&& f) {
+    switch (dtype) {
+        case DType::f32:
+            f(Float32{});
+            break;
+        case DType::bf16:
+            f(BFloat16{});
+            break;
+        case DType::f16:
+            f(Float16{});
+            break;
+    }
+}
+
+}  // namespace
+}  // namespace ME_LEVEL
+}  // namespace memos_engine

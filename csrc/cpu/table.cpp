@@ -1,0 +1,30 @@
+// The functions of one level, gathered for dispatch.cpp.
+#include "level.h"
+
+#define ME_STRING_(x) #x
+#define ME_STRING(x) ME_STRING_(x)
+
+namespace memos_engine {
+namespace ME_LEVEL {
+
+void attention(const Attention&, const AttentionItem&, float*);
+void attention_decode(const Attention&, const AttentionItem&, float*);
+void attention_merge(const Attention&, const AttentionItem*, int);
+int64_t attention_scratch(int64_t head_dim);
+int64_t decode_scratch(int64_t head_dim);
+void write_kv(const KvWrite&, int64_t, int64_t, int64_t);
+void rope(const Rope&, int64_t, int64_t);
+void rms_norm(const RmsNorm&, int64_t, int64_t, float*);
+void silu_mul(const SiluMul&, int64_t, int64_t);
+int64_t linear_scratch(const Linear&);
+void linear_pack(const Linear&, void*);
+void linear(const Linear&, const void*, int64_t, int64_t);
+
+extern const Level level;
+const Level level = {
+    attention, attention_decode, attention_merge, attention_scratch, decode_scratch, write_kv,
+    rope,      rms_norm,         silu_mul,        linear_scratch,    linear_pack,    linear,
+};
+
+}  // namespace ME_LEVEL
+}  // namespace memos_engine

@@ -1,0 +1,79 @@
+// What append_kv and splice_kv share: one block of threads writes one token of one layer.
+//
+// Products and sums are rounded one by one (__fmul_rn, __fadd_rn are never fused), so that the rotation gives
+// the bits of the reference.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "memos_engine/kernels.h"
+
+namespace memos_engine::cuda {
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
+__device__ inline void narrow(float* to, float x) { *to = x; }
+__device__ inline void narrow(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
+__device__ inline void narrow(__half* to, float x) { *to = __float2half_rn(x); }
+
+template <class From>
+__device__ float rotated(const From* head, int64_t d, const float* cos_sin, int64_t half, bool interleaved) {
+    const float x = widen(head[d]);
+    if (d >= 2 * half) return x;
+    const bool first = interleaved ? d % 2 == 0 : d < half;
+    const int64_t pair = interleaved ? d / 2 : d % half;
+    const int64_t partner = interleaved ? (d ^ 1) : (first ? d + half : d - half);
+    const float y = widen(head[partner]);
+    const float along = __fmul_rn(x, cos_sin[pair]), across = __fmul_rn(y, cos_sin[half + pair]);
+    return first ? __fsub_rn(along, across) : __fadd_rn(along, across);
+}
+
+template <class From, class To>
+__device__ void write_token(const KvWrite& a, int64_t layer, int64_t token) {
+    const int64_t slot = a.slot[token];
+    if (slot < 0 || slot >= a.blocks * a.page) return;
+    const int64_t block = slot / a.page, offset = slot % a.page;
+    const int64_t half = a.cos_sin ? a.rotary_dim / 2 : 0;
+    const float* row = a.cos_sin ? a.cos_sin + a.positions[token] * a.rotary_dim : nullptr;
+    const From* k = (const From*)a.k + layer * a.k_layer + token * a.k_token;
+    const From* v = (const From*)a.v + layer * a.v_layer + token * a.v_token;
+    To* k_to = (To*)a.k_pages + layer * a.kp_layer + block * a.kp_block + offset * a.kp_token;
+    To* v_to = (To*)a.v_pages + layer * a.vp_layer + block * a.vp_block + offset * a.vp_token;
+    for (int64_t i = threadIdx.x; i < a.kv_heads * a.head_dim; i += blockDim.x) {
+        const int64_t h = i / a.head_dim, d = i % a.head_dim;
+        narrow(k_to + h * a.kp_head + d, rotated(k + h * a.k_head, d, row, half, a.interleaved));
+        narrow(v_to + h * a.vp_head + d, widen(v[h * a.v_head + d]));
+    }
+}
+
+inline int threads_for(const KvWrite& a) {
+    const int64_t elements = a.kv_heads * a.head_dim;
+    return elements >= 256 ? 256 : elements > 128 ? 256 : elements > 64 ? 128 : 64;
+}
+
+// Calls f with null pointers of the two element types.
+template <class F>
+void with_types(DType from, DType to, F&& f) {
+    const auto inner = [&](auto* source) {
+        switch (to) {
+            case DType::f32:
+                return f(source, (float*)nullptr);
+            case DType::bf16:
+                return f(source, (__nv_bfloat16*)nullptr);
+            case DType::f16:
+                return f(source, (__half*)nullptr);
+        }
+    };
+    switch (from) {
+        case DType::f32:
+            return inner((float*)nullptr);
+        case DType::bf16:
+            return inner((__nv_bfloat16*)nullptr);
+        case DType::f16:
+            return inner((__half*)nullptr);
+    }
+}
+
+}  // namespace memos_engine::cuda

@@ -1,0 +1,108 @@
+// The CPU kernels as plain C++: raw pointers, sizes, and strides counted in elements. No Python, no torch.
+//
+// Shapes, dtypes and rounding are those of docs/kernels.md. Every function checks the index values that could
+// lead it out of its tensors, and does nothing at all when it returns a status other than `ok`.
+#pragma once
+
+#include <cstdint>
+
+namespace memos_engine {
+
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+
+enum class Status : int32_t {
+    ok = 0,
+    bad_query_start = 1,  // not ascending from 0, or beyond the rows of q
+    table_too_short = 2,  // a request's visible keys need more blocks than block_table has columns
+    bad_block = 3,        // block_table names a block outside the pages
+    bad_slot = 4,         // slot_mapping names a slot outside the pages
+    bad_position = 5,     // a position has no row in cos_sin
+};
+
+// softmax(q k^T * sm_scale) v over paged keys.
+struct Attention {
+    const void* q;               // [tokens, heads, head_dim]
+    void* out;                   // like q
+    float* lse;                  // [tokens, heads] contiguous, or null
+    const void* k;               // [blocks, page, kv_heads, head_dim]
+    const void* v;               // like k
+    const int32_t* block_table;  // [requests, max_blocks]
+    const int32_t* query_start;  // [requests + 1]
+    const int32_t* seq_lens;     // [requests]
+    const int32_t* q_pos;        // [tokens]
+    DType q_dtype, kv_dtype;
+    int64_t tokens, requests, heads, kv_heads, head_dim, blocks, page, max_blocks;
+    int64_t table_stride;
+    int64_t q_token, q_head, out_token, out_head;
+    int64_t k_block, k_token, k_head, v_block, v_token, v_head;
+    int64_t window;  // 0: none
+    float sm_scale;
+};
+
+// Rotate K, round, scatter K and V into pages; `append_kv` is the case of one layer.
+struct KvWrite {
+    const void* k;        // [layers, tokens, kv_heads, head_dim]
+    const void* v;        // like k
+    void* k_pages;        // [layers, blocks, page, kv_heads, head_dim]
+    void* v_pages;        // like k_pages
+    const int64_t* slot;  // [tokens]
+    const int32_t* positions;
+    const float* cos_sin;  // [max_position, rotary_dim] contiguous, or null
+    DType src_dtype, page_dtype;
+    int64_t layers, tokens, kv_heads, head_dim, blocks, page, max_position, rotary_dim;
+    int64_t k_layer, k_token, k_head, v_layer, v_token, v_head;                            // source strides
+    int64_t kp_layer, kp_block, kp_token, kp_head, vp_layer, vp_block, vp_token, vp_head;  // page strides
+    bool interleaved;
+};
+
+struct Rope {
+    void* x;  // [tokens, heads, head_dim], in place
+    const int32_t* positions;
+    const float* cos_sin;
+    DType dtype;
+    int64_t tokens, heads, head_dim, token, head, max_position, rotary_dim;
+    bool interleaved;
+};
+
+struct RmsNorm {
+    const void* x;       // [tokens, hidden]
+    const void* weight;  // [hidden]
+    void* residual;      // [tokens, hidden], updated in place, or null
+    void* out;           // [tokens, hidden], may be x
+    DType dtype, weight_dtype;
+    int64_t tokens, hidden, x_token, residual_token, out_token;
+    float eps;
+};
+
+struct SiluMul {
+    const void* gate;
+    const void* up;
+    void* out;  // all [tokens, width]
+    DType dtype;
+    int64_t tokens, width, gate_token, up_token, out_token;
+};
+
+// out[t, n] = sum over i of x[t, i] * weight[n, i].
+struct Linear {
+    const void* x;
+    const void* weight;
+    void* out;
+    DType dtype;
+    int64_t tokens, inputs, outputs, x_token, weight_row, out_token;
+};
+
+Status paged_attention(const Attention& args, int threads);
+Status write_kv(const KvWrite& args, int threads);
+Status rope(const Rope& args, int threads);
+void rms_norm(const RmsNorm& args, int threads);
+void silu_mul(const SiluMul& args, int threads);
+void linear(const Linear& args, int threads);  // at most 8 tokens
+
+// Instruction set levels, worst first. `isa_name(i)` is null from the number of compiled levels on;
+// `isa_supported(i)` asks the processor and the operating system. Without a choice the best one is used.
+const char* isa_name(int index);
+bool isa_supported(int index);
+bool isa_select(const char* name);
+const char* isa_selected();  // null: the machine has none of them
+
+}  // namespace memos_engine

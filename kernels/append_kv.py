@@ -1,0 +1,150 @@
+"""append_kv on the GPU: rotate new K, round, scatter K and V into one layer's pages.
+
+One program writes one token of one layer. Every value is widened to float32 right after its load and rounded
+once at its store; products and sums are kept apart (`enable_fp_fusion=False`), so that the bits are those of
+the reference.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def write_token(
+    k,
+    v,
+    k_pages,
+    v_pages,
+    slot,
+    position,
+    cos_sin,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    kp_block,
+    kp_token,
+    kp_head,
+    vp_block,
+    vp_token,
+    vp_head,
+    token,
+    PAGE: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One token; the pointers are those of one layer. HALF is rotary_dim / 2, 0 for no rotation."""
+    head = tl.arange(0, BLOCK_H)[:, None]
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    inside = (head < HEADS) & (channel < DIM)
+    block = slot // PAGE
+    offset = slot % PAGE
+
+    k_row = k + token * k_token + head * k_head
+    x = tl.load(k_row + channel, mask=inside, other=0.0).to(tl.float32)
+    if HALF > 0:
+        if INTERLEAVED:
+            partner = channel ^ 1
+            pair = channel // 2
+            first = channel % 2 == 0
+        else:
+            partner = tl.where(channel < HALF, channel + HALF, channel - HALF)
+            pair = channel % HALF
+            first = channel < HALF
+        turned = channel < 2 * HALF
+        y = tl.load(k_row + partner, mask=inside & turned, other=0.0).to(tl.float32)
+        row = cos_sin + position * (2 * HALF)
+        cos = tl.load(row + pair, mask=turned, other=1.0)
+        sin = tl.load(row + HALF + pair, mask=turned, other=0.0)
+        x = tl.where(turned, tl.where(first, x * cos - y * sin, x * cos + y * sin), x)
+    k_to = k_pages + block * kp_block + offset * kp_token + head * kp_head + channel
+    tl.store(k_to, x.to(k_pages.dtype.element_ty), mask=inside)
+
+    value = tl.load(v + token * v_token + head * v_head + channel, mask=inside, other=0.0).to(tl.float32)
+    v_to = v_pages + block * vp_block + offset * vp_token + head * vp_head + channel
+    tl.store(v_to, value.to(v_pages.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def append_kernel(
+    k,
+    v,
+    k_pages,
+    v_pages,
+    slot_mapping,
+    positions,
+    cos_sin,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    kp_block,
+    kp_token,
+    kp_head,
+    vp_block,
+    vp_token,
+    vp_head,
+    PAGE: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token)
+    position = tl.load(positions + token).to(tl.int64)
+    if slot >= 0:
+        write_token(
+            k, v, k_pages, v_pages, slot, position, cos_sin,
+            k_token, k_head, v_token, v_head, kp_block, kp_token, kp_head, vp_block, vp_token, vp_head, token,
+            PAGE, HEADS, DIM, HALF, INTERLEAVED, BLOCK_H, BLOCK_D,
+        )  # fmt: skip
+
+
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_mapping: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor | None,
+    interleaved: bool = False,
+) -> None:
+    """`k, v [tokens, kv_heads, head_dim]` into pages `[blocks, page, kv_heads, head_dim]`."""
+    tokens, heads, dim = k.shape
+    if tokens == 0:
+        return
+    append_kernel[(tokens,)](
+        k,
+        v,
+        k_pages,
+        v_pages,
+        slot_mapping,
+        positions,
+        k.new_empty(0, dtype=torch.float32) if cos_sin is None else cos_sin,
+        *k.stride()[:2],
+        *v.stride()[:2],
+        *k_pages.stride()[:3],
+        *v_pages.stride()[:3],
+        PAGE=k_pages.shape[1],
+        HEADS=heads,
+        DIM=dim,
+        HALF=0 if cos_sin is None else cos_sin.shape[1] // 2,
+        INTERLEAVED=interleaved,
+        BLOCK_H=triton.next_power_of_2(heads),
+        BLOCK_D=triton.next_power_of_2(dim),
+        enable_fp_fusion=False,
+    )

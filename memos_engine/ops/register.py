@@ -1,0 +1,92 @@
+"""The ops as `torch.ops.memos_engine.*`, for torch.compile and for graphs.
+
+Importing this module registers them. They are defined with `Library.define` rather than `custom_op`, whose
+calls cost eight times as much. An op that mutates says so in its schema; optional outputs have no place in a
+schema, so `paged_attention_out` and `add_rms_norm` are ops of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memos_engine import ops
+
+# Registrations end when this object does.
+LIBRARY = torch.library.Library("memos_engine", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+_ATTENTION = (
+    "Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor query_start, Tensor seq_lens, "
+    "Tensor q_pos, float sm_scale, int window"
+)
+_WRITE = (
+    "Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slot_mapping, Tensor positions, "
+    "Tensor? cos_sin, bool interleaved=False"
+)
+
+
+def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, key)  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"memos_engine::{name}", fake, lib=LIBRARY)
+
+
+def _nothing(*_: Any) -> None:
+    """The fake of an op that only mutates."""
+
+
+def _like_first(first: Tensor, *_: Any) -> Tensor:
+    return torch.empty(first.shape, dtype=first.dtype, device=first.device)
+
+
+def _paged_attention_out(
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    q_pos: Tensor,
+    sm_scale: float,
+    window: int = 0,
+) -> None:
+    ops.paged_attention(
+        q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, sm_scale, window, out, lse
+    )
+
+
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return ops.rms_norm(x, weight, eps, residual)
+
+
+def _linear_fake(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+
+
+_define(f"paged_attention({_ATTENTION}=0) -> Tensor", ops.paged_attention, _like_first)
+_define(
+    "paged_attention_out(Tensor q, Tensor(a!) out, Tensor(b!)? lse, "
+    f"{_ATTENTION.removeprefix('Tensor q, ')}=0) -> ()",
+    _paged_attention_out,
+    _nothing,
+)
+_define(f"append_kv({_WRITE}) -> ()", ops.append_kv, _nothing)
+_define(f"splice_kv({_WRITE}) -> ()", ops.splice_kv, _nothing)
+_define(
+    "rope(Tensor(a!) x, Tensor positions, Tensor cos_sin, bool interleaved=False) -> ()", ops.rope, _nothing
+)
+_define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", ops.rms_norm, _like_first)
+_define(
+    "add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor",
+    _add_rms_norm,
+    _like_first,
+)
+_define("silu_mul(Tensor gate, Tensor up) -> Tensor", ops.silu_mul, _like_first)
+_define("linear(Tensor x, Tensor weight) -> Tensor", ops.linear, _linear_fake)

@@ -1,0 +1,86 @@
+"""torch.ops.memos_engine: schemas, fakes and mutation by torch's own checker, and through torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import memos_engine.ops.register  # noqa: F401
+from memos_engine import ops
+
+library = torch.ops.memos_engine
+
+
+def kv(*layers):
+    new = torch.randn(*layers, 5, 2, 16)
+    pages = torch.zeros(*layers, 4, 16, 2, 16)
+    slots, positions = torch.arange(5) + 20, torch.arange(5, dtype=torch.int32)
+    return new, new.clone(), pages, pages.clone(), slots, positions
+
+
+def samples(make_problem):
+    problem = make_problem([20, 5], [3, 1])
+    # opcheck compares copies of the arguments, and NaN is not equal to itself.
+    problem.k_pages.nan_to_num_()
+    problem.v_pages.nan_to_num_()
+    q, *rest = problem.args()
+    table = ops.rope_table(torch.rand(8), 10)
+    x, weight = torch.randn(3, 16), torch.randn(16)
+    return {
+        "paged_attention": (q, *rest),
+        "paged_attention_out": (q, torch.zeros_like(q), torch.zeros(q.shape[:2]), *rest),
+        "append_kv": (*kv(), table),
+        "splice_kv": (*kv(3), None),
+        "rope": (torch.randn(3, 2, 16), torch.arange(3, dtype=torch.int32), table),
+        "rms_norm": (x, weight, 1e-5),
+        "add_rms_norm": (x, torch.randn(3, 16), weight, 1e-5),
+        "silu_mul": (x, torch.randn(3, 16)),
+        "linear": (x, torch.randn(7, 16)),
+    }
+
+
+NAMES = [
+    "paged_attention",
+    "paged_attention_out",
+    "append_kv",
+    "splice_kv",
+    "rope",
+    "rms_norm",
+    "add_rms_norm",
+    "silu_mul",
+    "linear",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(make_problem, name):
+    opcheck(getattr(library, name).default, samples(make_problem)[name])
+
+
+def test_results_are_those_of_the_seam(make_problem):
+    problem = make_problem([20, 5], [3, 1])
+    wanted = ops.paged_attention(*problem.args())
+    assert torch.equal(library.paged_attention(*problem.args()), wanted)
+    out, lse = torch.zeros_like(problem.q), torch.zeros(problem.q.shape[:2])
+    library.paged_attention_out(problem.q, out, lse, *problem.args()[1:])
+    assert torch.equal(out, wanted)
+    assert lse.all()
+
+
+def test_inside_a_compiled_function():
+    """A mutating op between two pure ones: the compiler must keep the write and its order."""
+    new, _, k_pages, v_pages, slots, positions = kv()
+    table = ops.rope_table(torch.rand(8), 10)
+
+    def step(new, k_pages, v_pages):
+        doubled = new * 2
+        library.append_kv(doubled, doubled, k_pages, v_pages, slots, positions, table)
+        return k_pages.sum() + doubled.sum()
+
+    wanted_k, wanted_v = k_pages.clone(), v_pages.clone()
+    wanted = step(new, wanted_k, wanted_v)
+    got = torch.compile(step, backend="aot_eager", fullgraph=True)(new, k_pages, v_pages)
+    torch.testing.assert_close(got, wanted)
+    assert torch.equal(k_pages, wanted_k)
+    assert torch.equal(v_pages, wanted_v)
