@@ -1,7 +1,7 @@
 """Time to first token: full prefill, prefix reuse and spliced memory, with transformers in the same run.
 
-One process, shared weights, systems in turn, a fresh order of memories in every round. Engine scope: token
-ids in, first token out; records wait in host memory.
+One process, each system with weights of its own, systems in turn, a fresh order of memories in every round.
+Engine scope: token ids in, first token out; records wait in host memory.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def run(config: TtftConfig, progress: Callable[[str], None] = lambda _: None) ->
         folder, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", local_files_only=True
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    spec = ModelSpec.from_config(model.config, type(model).__name__)
-    weights = Weights.from_model(model, spec)
+    spec = ModelSpec.from_folder(folder)
+    weights = Weights.from_folder(folder, spec, getattr(torch, config.dtype))
     most = max(config.contexts) + config.query + 512
     engine = DecoderEngine(spec, weights, DecoderConfig(dtype=config.dtype, pool_tokens=most))
     rows: list[dict[str, Any]] = []

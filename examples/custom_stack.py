@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from memos_engine.config import DecoderConfig, SamplingParams
 from memos_engine.decoder.engine import DecoderEngine
@@ -27,7 +27,7 @@ DOCUMENT = "The key of Gull Cottage hangs in a blue box beside the back door. Th
 def main(model: str = "smollm2") -> list[str]:
     folder = resolve(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    spec = ModelSpec.from_config(AutoConfig.from_pretrained(folder))
+    spec = ModelSpec.from_folder(folder)
     engine = DecoderEngine(
         spec, Weights.from_folder(folder, spec, torch.float32), DecoderConfig(dtype="float32")
     )

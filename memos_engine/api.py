@@ -33,7 +33,7 @@ from memos_engine.memory.operator import Candidate, MemOperator
 from memos_engine.memory.scheduler import KVAvailability, MemScheduler, Plan, PlanInput, PlanRequest
 from memos_engine.memory.store import HistoryEntry, MemoryStore
 from memos_engine.models import resolve
-from memos_engine.prompt import PromptLayout
+from memos_engine.prompt import PromptLayout, eos_ids, load_tokenizer
 from memos_engine.reply import Prepared, Reply, TextStream
 
 log = logging.getLogger("memos_engine")
@@ -84,20 +84,13 @@ class MemoryEngine:
         Raises ModelFilesError when the model was not pulled, UnsupportedModelError when the decoder cannot
         run it, StoreError when the directory cannot be used.
         """
-        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
         folder = resolve(str(model))
-        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        spec = ModelSpec.from_config(hf_config)
+        spec = ModelSpec.from_folder(folder)
         settings = decoder or DecoderConfig()
         opened = None if store is None else MemoryStore.open(store)
         try:
             weights = Weights.from_folder(folder, spec, getattr(torch, settings.resolved_dtype))
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            try:
-                eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-            except OSError:
-                eos = hf_config.eos_token_id
+            tokenizer = load_tokenizer(folder)
             return cls(
                 DecoderEngine(spec, weights, settings),
                 tokenizer,
@@ -105,7 +98,7 @@ class MemoryEngine:
                 embedder=embedder,
                 memory=memory,
                 system_prompt=system_prompt,
-                eos_token_ids=_as_tuple(eos) or _as_tuple(tokenizer.eos_token_id),
+                eos_token_ids=eos_ids(folder) or _as_tuple(tokenizer.eos_token_id),
             )
         except BaseException:
             if opened is not None:

@@ -37,7 +37,7 @@ class DecoderConfig:
     dtype: str = "auto"
     page: int = 16
     pool_tokens: int | None = None
-    prefill_chunk: int = 2048
+    prefill_chunk: int = 1024
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, f"dtype={self.dtype!r}: use one of {', '.join(DTYPES)}.")

@@ -11,11 +11,33 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from memos_engine.errors import ModelError
 
 _A, _B, _C = "\x1aalpha\x1a", "\x1abeta\x1a", "\x1agamma\x1a"
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, by the shortest import where its `tokenizer.json` is there."""
+    if (folder / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def eos_ids(folder: Path) -> tuple[int, ...]:
+    """End-of-text ids of a model folder: those of `generation_config.json`, else of `config.json`."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        value = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        if value is not None:
+            return (int(value),) if isinstance(value, int) else tuple(int(v) for v in value)
+    return ()
 
 
 class PromptLayout:

@@ -5,6 +5,7 @@
 // its page; Q^T is packed into pairs once; P^T comes out of softmax in pairs; V^T is transposed once for each
 // key block and serves all query tiles. Weights are rounded to bfloat16 before they meet V, as in any flash
 // attention.
+#include "amx.h"
 #include "attention_rows.h"
 
 namespace memos_engine {
@@ -16,17 +17,6 @@ namespace {
 constexpr int kBlock = 64;  // keys
 constexpr int kTiles = kItemRows / kTileRows;
 constexpr int64_t kMaxDim = 256;
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-constexpr TileConfig kConfig;
-
-// GCC's tile loads do not tell the compiler that they read memory.
-ME_INLINE void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
 struct Tile {
     uint32_t* q;  // [head_dim / 2][16] pairs of channels
@@ -161,30 +151,6 @@ ME_INLINE void accumulate(const Tile& tile, const Block& block, int64_t n, int64
         }
         _tile_stored(0, out, 64);
         _tile_stored(1, out + 16 * kTileRows, 64);
-    }
-}
-
-ME_INLINE void transpose(__m512i (&r)[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 16; i += 8) {
-        for (int j = 0; j < 4; ++j) {
-            t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0x88);
-            t[i + 4 + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0xdd);
-        }
-    }
-    for (int j = 0; j < 8; ++j) {
-        r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
-        r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
     }
 }
 

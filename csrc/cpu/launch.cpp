@@ -66,13 +66,18 @@ void silu_mul(const SiluMul& a, int threads) {
                   [&](int64_t begin, int64_t end) { level.silu_mul(a, begin, end); });
 }
 
-void linear(const Linear& a, int threads) {
-    if (a.tokens <= 0) return;
+Status linear(const Linear& a, int threads) {
+    if (a.tokens <= 0) return Status::ok;
     const Level& level = *selected_level();
+    if (!level.linear_fits(a)) return Status::too_many_rows;
     void* packed = thread_scratch(level.linear_scratch(a));
     level.linear_pack(a, packed);
-    parallel_rows(a.outputs, a.outputs * a.inputs * size_of(a.dtype), threads,
-                  [&](int64_t begin, int64_t end) { level.linear(a, packed, begin, end); });
+    constexpr int64_t kOutputs = 32;  // that a level may like to have together
+    const int64_t groups = (a.outputs + kOutputs - 1) / kOutputs;
+    parallel_rows(groups, a.outputs * a.inputs * size_of(a.dtype), threads, [&](int64_t begin, int64_t end) {
+        level.linear(a, packed, begin * kOutputs, std::min(a.outputs, end * kOutputs));
+    });
+    return Status::ok;
 }
 
 }  // namespace memos_engine

@@ -33,6 +33,7 @@ struct Level {
     void (*rope)(const Rope&, int64_t token, int64_t token_end);
     void (*rms_norm)(const RmsNorm&, int64_t token, int64_t token_end, float* weight);
     void (*silu_mul)(const SiluMul&, int64_t token, int64_t token_end);
+    bool (*linear_fits)(const Linear&);  // otherwise: more rows than this level takes
     int64_t (*linear_scratch)(const Linear&);
     void (*linear_pack)(const Linear&, void* packed);  // x in the form that `linear` reads
     void (*linear)(const Linear&, const void* packed, int64_t output, int64_t output_end);

@@ -1,9 +1,17 @@
-// x @ weight^T for up to 8 rows of x: reading the weights is the whole cost, so each is read once, in order.
+// x @ weight^T for few rows of x: reading the weights is the whole cost, so each is read once, in order.
+//
+// Up to 8 rows here, in vector registers; on AMX tiles (linear_amx.cpp) as many as the caller likes.
 #include "level.h"
 #include "simd.h"
 
 namespace memos_engine {
 namespace ME_LEVEL {
+
+bool linear_amx_fits(const Linear&);
+int64_t linear_amx_scratch(const Linear&);
+void linear_amx_pack(const Linear&, uint32_t*);
+void linear_amx(const Linear&, const void*, int64_t, int64_t);
+
 namespace {
 
 ME_INLINE int64_t padded(const Linear& a) { return (a.inputs + 31) / 32 * 32; }
@@ -99,9 +107,14 @@ void range(const Linear& a, const void* packed, int64_t n, int64_t end) {
 
 }  // namespace
 
-int64_t linear_scratch(const Linear& a) { return a.tokens * padded(a) * sizeof(float); }
+bool linear_fits(const Linear& a) { return a.tokens <= 8 || linear_amx_fits(a); }
+
+int64_t linear_scratch(const Linear& a) {
+    return linear_amx_fits(a) ? linear_amx_scratch(a) : a.tokens * padded(a) * sizeof(float);
+}
 
 void linear_pack(const Linear& a, void* packed) {
+    if (linear_amx_fits(a)) return linear_amx_pack(a, (uint32_t*)packed);
     with_dtype(a.dtype, [&](auto s) {
         typedef Dot<decltype(s)> D;
         typedef typename D::T T;
@@ -112,6 +125,7 @@ void linear_pack(const Linear& a, void* packed) {
 }
 
 void linear(const Linear& a, const void* packed, int64_t output, int64_t output_end) {
+    if (linear_amx_fits(a)) return linear_amx(a, packed, output, output_end);
     with_dtype(a.dtype, [&](auto s) {
         typedef decltype(s) S;
         switch (a.tokens) {

@@ -37,7 +37,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.page = page
         self._refs = [0] * num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
+        self._free = list(range(num_blocks - 1, 0, -1))  # a stack: pages used before are warm and paid for
         self._cached: OrderedDict[int, None] = OrderedDict()  # refs == 0, still published; oldest first
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
@@ -57,7 +57,7 @@ class BlockPool:
         blocks = []
         for _ in range(count):
             if self._free:
-                block, _ = self._free.popitem(last=False)
+                block = self._free.pop()
             else:
                 block, _ = self._cached.popitem(last=False)
                 self._unpublish(block)
@@ -80,8 +80,10 @@ class BlockPool:
             if block <= 0 or self._refs[block] <= 0:
                 raise IntegrityError(f"block {block} was released more often than acquired.")
             self._refs[block] -= 1
-            if self._refs[block] == 0:
-                (self._cached if block in self._key_of else self._free)[block] = None
+            if self._refs[block] == 0 and block in self._key_of:
+                self._cached[block] = None
+            elif self._refs[block] == 0:
+                self._free.append(block)
 
     def publish(self, block: int, key: bytes) -> None:
         """Puts an exact, full, held page into the prefix index. The first block with a key wins."""
@@ -115,7 +117,7 @@ class BlockPool:
         """Empties the prefix index (weights changed, say); held blocks stay with their holders."""
         for block in list(self._key_of):
             self._unpublish(block)
-        self._free.update(self._cached)
+        self._free.extend(self._cached)
         self._cached.clear()
 
     def check_integrity(self, holders: Iterable[Iterable[int]] | None = None) -> None:
@@ -125,7 +127,8 @@ class BlockPool:
         free, cached = set(self._free), set(self._cached)
         if self._refs[0] != 0 or min(self._refs) < 0:
             raise IntegrityError("a reference count is wrong (null block held, or negative).")
-        if held & free or held & cached or free & cached or len(held | free | cached) != self.num_blocks - 1:
+        apart = len(held) + len(self._free) + len(cached) == len(held | free | cached)
+        if not apart or len(held | free | cached) != self.num_blocks - 1:
             raise IntegrityError("a block is in two states or in none.")
         if {b: k for k, b in self._block_of.items()} != self._key_of:
             raise IntegrityError("the prefix index and its inverse disagree.")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -11,7 +14,7 @@ from memos_engine.decoder.spec import ModelSpec
 class KVCache:
     """Pages `[layers, blocks, page, kv_heads, head_dim]`, K (rotated) and V separate.
 
-    Block 0 is the null block. Memory is zero-filled by the system, so untouched pages cost nothing.
+    Block 0 is the null block. On a CPU, pages that no request has touched yet cost no memory.
     """
 
     def __init__(
@@ -19,8 +22,8 @@ class KVCache:
     ) -> None:
         shape = (spec.num_layers, num_blocks, page, spec.num_kv_heads, spec.head_dim)
         self.page = page
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = _zeros(shape, dtype, device)
+        self.v = _zeros(shape, dtype, device)
 
     @property
     def nbytes(self) -> int:
@@ -33,3 +36,11 @@ class KVCache:
     def copy_block(self, source: int, target: int) -> None:
         self.k[:, target] = self.k[:, source]
         self.v[:, target] = self.v[:, source]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that the system provides at first touch, in small pages; torch.zeros writes them all at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from memos_engine.decoder.weights import LayerWeights
@@ -50,9 +51,12 @@ def attention(
     """Self-attention over the paged cache. x `[tokens, hidden]`; returns the output and this step's
     unrotated k and v `[tokens, kv_heads, head_dim]`."""
     tokens = x.shape[0]
-    q = ops.linear(x, weights.q).view(tokens, -1, head_dim)
-    k = ops.linear(x, weights.k).view(tokens, -1, head_dim)
-    v = ops.linear(x, weights.v).view(tokens, -1, head_dim)
+    if weights.qkv is not None:
+        sizes = [weights.q.shape[0], weights.k.shape[0], weights.v.shape[0]]
+        q, k, v = torch.split(ops.linear(x, weights.qkv), sizes, dim=1)
+    else:
+        q, k, v = ops.linear(x, weights.q), ops.linear(x, weights.k), ops.linear(x, weights.v)
+    q, k, v = (part.view(tokens, -1, head_dim) for part in (q, k, v))
     ops.rope(q, step.positions, cos_sin)
     k_pages, v_pages = pages
     ops.append_kv(k, v, k_pages, v_pages, step.slot_mapping, step.positions, cos_sin)
@@ -66,11 +70,13 @@ def attention(
         step.positions,
         head_dim**-0.5,
     )
-    return ops.linear(out.view(tokens, -1), weights.o), k, v
+    return ops.linear(out.reshape(tokens, -1), weights.o), k, v
 
 
 def mlp(ops: Backend, weights: LayerWeights, x: Tensor) -> Tensor:
     """SwiGLU. x `[tokens, hidden]`."""
-    gate = ops.linear(x, weights.gate)
-    up = ops.linear(x, weights.up)
-    return ops.linear(ops.silu_mul(gate, up, out=gate), weights.down)
+    if weights.gate_up is not None:
+        gate, up = ops.linear(x, weights.gate_up).chunk(2, dim=1)
+    else:
+        gate, up = ops.linear(x, weights.gate), ops.linear(x, weights.up)
+    return ops.linear(ops.silu_mul(gate, up), weights.down)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from memos_engine.errors import UnsupportedModelError
+from memos_engine.errors import ModelFilesError, UnsupportedModelError
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
 SUPPORTED_ROPE = ("default", "llama3")
@@ -69,58 +70,75 @@ class ModelSpec:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_size
 
     @classmethod
-    def from_config(cls, config: Any, architecture: str | None = None) -> ModelSpec:
-        """Reads a transformers `PretrainedConfig`; refuses by name what the decoder does not do.
+    def from_folder(cls, folder: Path) -> ModelSpec:
+        """Reads `config.json`, without importing transformers' model code (150 MB and two seconds)."""
+        path = folder / "config.json"
+        try:
+            config = json.loads(path.read_text())
+            if not isinstance(config, dict):
+                raise ValueError("not an object")
+            return cls.from_dict(config)
+        except (OSError, ValueError) as error:
+            raise ModelFilesError(f"{path} cannot be read ({error}); pull the model again.") from error
+        except KeyError as error:
+            raise ModelFilesError(f"{path} lacks {error}; pull the model again.") from error
 
-        architecture: the class of a live model; by default the config's own word for it.
-        """
-        if architecture is None:
-            architecture = (getattr(config, "architectures", None) or [f"model_type {config.model_type!r}"])[
-                0
-            ]
+    @classmethod
+    def from_config(cls, config: Any, architecture: str | None = None) -> ModelSpec:
+        """Reads a transformers `PretrainedConfig`; `architecture` is the class of a live model."""
+        values = config.to_dict()
+        if architecture is not None:
+            values["architectures"] = [architecture]
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> ModelSpec:
+        """Reads the contents of a `config.json`; refuses by name what the decoder does not do."""
+        names = config.get("architectures") or [f"model_type {config.get('model_type')!r}"]
+        architecture = str(names[0])
         if architecture not in SUPPORTED_ARCHITECTURES:
             raise UnsupportedModelError(
                 f"{architecture} is not supported. Supported architectures: "
                 f"{', '.join(SUPPORTED_ARCHITECTURES)} (SmolLM2, Llama 2 and 3, TinyLlama, ...)."
             )
-        for flag in ("attention_bias", "mlp_bias"):
-            if getattr(config, flag, False):
-                raise UnsupportedModelError(f"{architecture} with {flag}=True is not supported.")
-        if config.hidden_act != "silu":
-            raise UnsupportedModelError(
-                f"{architecture} with hidden_act={config.hidden_act!r}: only silu is supported."
-            )
-        if config.num_attention_heads % config.num_key_value_heads:
-            raise UnsupportedModelError(
-                f"{config.num_attention_heads} heads cannot share {config.num_key_value_heads} KV heads."
-            )
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        for flag in ("attention_bias", "mlp_bias", "quantization_config"):
+            if config.get(flag):
+                raise UnsupportedModelError(f"{architecture} with {flag}={config[flag]} is not supported.")
+        act = config.get("hidden_act", "silu")
+        if act != "silu":
+            raise UnsupportedModelError(f"{architecture} with hidden_act={act!r}: only silu is supported.")
+        heads = int(config["num_attention_heads"])
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        if heads % kv_heads:
+            raise UnsupportedModelError(f"{heads} heads cannot share {kv_heads} KV heads evenly.")
         return cls(
             architecture=architecture,
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=head_dim,
-            rms_eps=float(config.rms_norm_eps),
-            tie_embeddings=bool(config.tie_word_embeddings),
-            max_positions=config.max_position_embeddings,
+            vocab_size=int(config["vocab_size"]),
+            hidden_size=int(config["hidden_size"]),
+            intermediate_size=int(config["intermediate_size"]),
+            num_layers=int(config["num_hidden_layers"]),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            rms_eps=float(config.get("rms_norm_eps", 1e-6)),
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            max_positions=int(config.get("max_position_embeddings", 2048)),
             rope=_rope_spec(config),
         )
 
 
-def _rope_spec(config: Any) -> RopeSpec:
-    parameters: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
-    kind = parameters.get("rope_type", "default")
+def _rope_spec(config: dict[str, Any]) -> RopeSpec:
+    """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of older folders."""
+    old = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
+    parameters: dict[str, Any] = {**old, **(config.get("rope_parameters") or {})}
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in SUPPORTED_ROPE:
         raise UnsupportedModelError(
             f"RoPE type {kind!r} is not supported. Supported: {', '.join(SUPPORTED_ROPE)}."
         )
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModelError("Partial rotary embedding is not supported.")
-    theta = float(parameters.get("rope_theta", 10000.0))
+    theta = float(parameters["rope_theta"])
     if kind == "default":
         return RopeSpec("default", theta)
     return RopeSpec(

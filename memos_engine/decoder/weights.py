@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,15 @@ from memos_engine.decoder.spec import ModelSpec
 from memos_engine.errors import ModelFilesError
 
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer. Projections are `[out, in]`, norms `[hidden]`."""
+    """One layer. Projections are `[out, in]`, norms `[hidden]`.
+
+    qkv and gate_up are views over neighbours in memory, where they are neighbours: one product for several.
+    """
 
     input_norm: Tensor
     q: Tensor
@@ -36,6 +41,8 @@ class LayerWeights:
     gate: Tensor
     up: Tensor
     down: Tensor
+    qkv: Tensor | None = None
+    gate_up: Tensor | None = None
 
 
 _LAYER_NAMES = {
@@ -71,15 +78,14 @@ class Weights:
         self.embed = self.tensors["model.embed_tokens.weight"]
         self.norm = self.tensors["model.norm.weight"]
         self.lm_head = self.embed if spec.tie_embeddings else self.tensors["lm_head.weight"]
-        self.layers = [
-            LayerWeights(
-                **{
-                    field: self.tensors[f"model.layers.{i}.{name}.weight"]
-                    for field, name in _LAYER_NAMES.items()
-                }
-            )
-            for i in range(spec.num_layers)
-        ]
+        self.layers = [self._layer(i) for i in range(spec.num_layers)]
+
+    def _layer(self, index: int) -> LayerWeights:
+        parts = {
+            field: self.tensors[f"model.layers.{index}.{name}.weight"] for field, name in _LAYER_NAMES.items()
+        }
+        qkv = _joined(parts["q"], parts["k"], parts["v"])
+        return LayerWeights(**parts, qkv=qkv, gate_up=_joined(parts["gate"], parts["up"]))
 
     @property
     def nbytes(self) -> int:
@@ -106,10 +112,10 @@ class Weights:
     def from_folder(cls, folder: Path, spec: ModelSpec, dtype: torch.dtype) -> Weights:
         """Loads `*.safetensors`. Tensors already in `dtype` stay memory-mapped; others are converted in a
         stream of small reads, so that peak memory is the converted model."""
-        wanted = expected_shapes(spec)
+        arena = _Arena(expected_shapes(spec), dtype)
         tensors: dict[str, Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            tensors.update(_read_file(path, wanted, dtype))
+            tensors.update(_read_file(path, arena, dtype))
         return cls(tensors, spec)
 
     @classmethod
@@ -154,14 +160,48 @@ def _checked(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
+def _joined(*parts: Tensor) -> Tensor | None:
+    """The tensors as one, stacked by rows, if they lie one behind the other in the same storage."""
+    for left, right in pairwise(parts):
+        same = left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+        if not same or left.data_ptr() + left.nbytes != right.data_ptr():
+            return None
+    rows = sum(part.shape[0] for part in parts)
+    return parts[0].as_strided((rows, parts[0].shape[1]), parts[0].stride())
+
+
+class _Arena:
+    """Room for converted weights, in the order in which a forward reads them and in huge pages.
+
+    Untouched room costs nothing, so tensors that stay in their file's map need not be known beforehand.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        self.places: dict[str, tuple[int, tuple[int, ...]]] = {}
+        end = 0
+        for name, shape in shapes.items():
+            self.places[name] = end, shape
+            end += -(-_count(shape) * dtype.itemsize // 64) * 64
+        memory = mmap.mmap(-1, max(end, 1))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        self.memory, self.dtype = torch.frombuffer(memory, dtype=torch.uint8), dtype
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.places
+
+    def tensor(self, name: str) -> Tensor:
+        start, shape = self.places[name]
+        return self.memory[start : start + _count(shape) * self.dtype.itemsize].view(self.dtype).view(shape)
+
+
 def _tensor_digest(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(flat.data).digest()
 
 
-def _read_file(
-    path: Path, wanted: Mapping[str, tuple[int, ...]], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
+def _read_file(path: Path, arena: _Arena, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     try:
         with path.open("rb") as file:
             head = file.read(8)
@@ -170,7 +210,7 @@ def _read_file(
             base = 8 + size
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             for name, entry in header.items():
-                if name not in wanted:
+                if name not in arena:
                     continue
                 stored = _TORCH_DTYPES.get(entry["dtype"])
                 if stored is None:
@@ -187,8 +227,12 @@ def _read_file(
                         ),
                     )
                 else:
+                    out = arena.tensor(name)
+                    if out.shape != shape:
+                        raise ModelFilesError(f"{name} has shape {shape}, the config asks for {out.shape}.")
                     file.seek(base + begin)
-                    yield name, _convert(file, shape, stored, dtype, end - begin)
+                    _convert(file, stored, end - begin, out)
+                    yield name, out
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelFilesError(
             f"{path} cannot be read as safetensors ({error}); pull the model again."
@@ -199,10 +243,8 @@ def _count(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=np.int64))
 
 
-def _convert(
-    file: Any, shape: tuple[int, ...], stored: torch.dtype, dtype: torch.dtype, nbytes: int
-) -> Tensor:
-    out = torch.empty(_count(shape), dtype=dtype)
+def _convert(file: Any, stored: torch.dtype, nbytes: int, out: Tensor) -> None:
+    flat = out.view(-1)
     buffer = bytearray(min(_CHUNK_BYTES, nbytes))
     done = 0
     while nbytes:
@@ -210,7 +252,6 @@ def _convert(
         if file.readinto(view) != len(view):
             raise ModelFilesError(f"{file.name} is truncated; pull the model again.")
         part = torch.frombuffer(view, dtype=stored)
-        out[done : done + part.numel()] = part.to(dtype)
+        flat[done : done + part.numel()] = part
         done += part.numel()
         nbytes -= len(view)
-    return out.view(shape)

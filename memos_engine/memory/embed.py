@@ -59,27 +59,14 @@ def _checked(texts: Sequence[str]) -> list[str]:
     return [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
 
 
-@contextmanager
-def _no_loading_bar() -> Iterator[None]:
-    from transformers.utils import logging as bars
-
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
-
-
 # -- the default ---------------------------------------------------------------------------------
 
 
 class MiniLMEmbedder:
     """A sentence encoder in the manner of all-MiniLM-L6-v2: mean over tokens, then normalised.
 
-    Texts beyond 256 tokens are cut, as that model was trained. Torch and transformers are imported
-    when the first object is made. `threads` limits torch's threads during `embed` (None: as they are).
+    Texts beyond 256 tokens are cut, as that model was trained. Torch is imported when the first object is
+    made. `threads` limits torch's threads during `embed` (None: as they are).
     Source of the method: Reimers and Gurevych, Sentence-BERT, arXiv 1908.10084.
     """
 
@@ -89,7 +76,9 @@ class MiniLMEmbedder:
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
         """`path` is a Hugging Face folder (`resolve("minilm")`). Raises ModelFilesError where it is not."""
         import torch
-        from transformers import AutoModel, AutoTokenizer
+        from tokenizers import Tokenizer
+
+        from memos_engine.memory.bert import BertEncoder
 
         folder = Path(path)
         weights = folder / "model.safetensors"
@@ -101,11 +90,11 @@ class MiniLMEmbedder:
         self.threads = threads
         self._torch = torch
         self._lock = threading.Lock()  # fast tokenizers keep their truncation state in the object
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        with _no_loading_bar():
-            model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-        self._model = model.eval()
-        self.dim = int(self._model.config.hidden_size)
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.enable_truncation(self.max_tokens)
+        self._tokenizer.no_padding()
+        self._model = BertEncoder(folder)
+        self.dim = self._model.hidden
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """`[len(texts), dim]` float32, rows of length 1. Safe to call from several threads."""
@@ -114,7 +103,7 @@ class MiniLMEmbedder:
         if not texts:
             return out
         with self._lock, self._limited(), self._torch.inference_mode():
-            ids = self._tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
+            ids = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
             order = sorted(range(len(texts)), key=lambda i: len(ids[i]))  # little padding in a batch
             for start in range(0, len(order), self.batch):
                 rows = order[start : start + self.batch]
@@ -122,10 +111,11 @@ class MiniLMEmbedder:
         return out
 
     def _embed_batch(self, ids: list[list[int]]) -> Vectors:
-        tokens = self._tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-        mask = tokens["attention_mask"]
-        hidden = self._model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
-        weight = mask.unsqueeze(-1).to(hidden.dtype)
+        longest = max(map(len, ids))
+        padded = self._torch.tensor([row + [0] * (longest - len(row)) for row in ids])
+        mask = self._torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
+        weight = mask.unsqueeze(-1)
+        hidden = self._model(padded, mask)
         return normalise(((hidden * weight).sum(1) / weight.sum(1).clamp(min=1)).numpy())
 
     @contextmanager

@@ -18,7 +18,9 @@ NAME = "native"
 _cpu: Any = importlib.import_module("memos_engine._cpu")
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Rows of x for which the native product was faster than torch's; float32 with fewer rows is a tie.
+# Rows of x for which the native product was faster than torch's (`docs/benchmarks.md`); float32 with fewer
+# rows is a tie. On AMX tiles bfloat16 wins up to a few hundred rows, where torch's own tiles catch up.
+_AMX_ROWS = 256
 _NATIVE_ROWS = {torch.float32: range(4, 9), torch.bfloat16: range(1, 5), torch.float16: range(1, 5)}
 _MESSAGES = {
     1: "query_start must ascend from 0 and stay within the rows of q",
@@ -26,7 +28,11 @@ _MESSAGES = {
     3: "block_table names a block outside the pages",
     4: "slot_mapping names a slot outside the pages",
     5: "a position is negative or has no row in cos_sin; build a longer table with ops.rope_table",
+    6: "the native linear takes at most 8 rows of this dtype and shape at this level",
 }
+
+
+_amx = False  # whether the level in use has tiles
 
 
 def available() -> list[str]:
@@ -48,6 +54,8 @@ def select_isa(name: str) -> None:
             "set MEMOS_ENGINE_CPU_ISA=reference"
         )
     wanted = name or levels[-1]
+    global _amx
+    _amx = wanted == "amx"
     if not _cpu.isa_select(wanted):
         compiled = [level for level, _ in _cpu.isa_levels()]
         why = "is not supported by this machine" if wanted in compiled else "is not a known level"
@@ -257,16 +265,18 @@ def silu_mul(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    if x.shape[0] not in _NATIVE_ROWS.get(x.dtype, ()):
-        return reference.linear(x, weight, out)
-    return native_linear(x, weight, out)
+    rows, inputs = x.shape
+    tiles = _amx and x.dtype == torch.bfloat16 and inputs % 32 == 0 and weight.shape[0] % 16 == 0
+    if rows in _NATIVE_ROWS.get(x.dtype, ()) or (tiles and 0 < rows <= _AMX_ROWS):
+        return native_linear(x, weight, out)
+    return reference.linear(x, weight, out)
 
 
 def native_linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """The native kernel whether it wins or not, for 1 to 8 rows."""
+    """The native kernel whether it wins or not: 1 to 8 rows, or more on AMX tiles."""
     if out is None:
         out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
-    _cpu.linear(
+    status = _cpu.linear(
         x.data_ptr(),
         weight.data_ptr(),
         out.data_ptr(),
@@ -278,6 +288,7 @@ def native_linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tenso
         out.stride(0),
         get_num_threads(),
     )
+    _check(status)
     return out
 
 

@@ -138,14 +138,28 @@ def test_shared_pages_are_never_written(engine, random_ids):
 # -- what a model may be -------------------------------------------------------------------------
 
 
-class Config:
-    architectures = ("GPT2LMHeadModel",)
-    model_type = "gpt2"
-
-
 def test_an_unsupported_architecture_names_the_supported_ones():
     with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel.*LlamaForCausalLM"):
-        ModelSpec.from_config(Config())
+        ModelSpec.from_dict({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"})
+
+
+def test_older_folders_say_rope_in_other_words():
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3["original_max_position_embeddings"] = 8192
+    sizes = {"vocab_size": 9, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 1}
+    base = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 4, **sizes}
+    old = ModelSpec.from_dict({**base, "rope_theta": 5e5, "rope_scaling": llama3})
+    new = ModelSpec.from_dict({**base, "rope_parameters": {**llama3, "rope_theta": 5e5}})
+    assert old == new
+    assert (old.rope.theta, old.num_kv_heads, old.head_dim) == (5e5, 4, 16)
+    assert ModelSpec.from_dict(base).rope.kind == "default"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"architectures": ["LlamaForCausalLM"]}'])
+def test_a_broken_config_is_an_error_of_files_or_model(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises((ModelFilesError, UnsupportedModelError)):
+        ModelSpec.from_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

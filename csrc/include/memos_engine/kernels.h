@@ -17,6 +17,7 @@ enum class Status : int32_t {
     bad_block = 3,        // block_table names a block outside the pages
     bad_slot = 4,         // slot_mapping names a slot outside the pages
     bad_position = 5,     // a position has no row in cos_sin
+    too_many_rows = 6,    // linear: at most 8, or any number of bf16 at level amx (sizes in multiples of 32, 16)
 };
 
 // softmax(q k^T * sm_scale) v over paged keys.
@@ -96,7 +97,7 @@ Status write_kv(const KvWrite& args, int threads);
 Status rope(const Rope& args, int threads);
 void rms_norm(const RmsNorm& args, int threads);
 void silu_mul(const SiluMul& args, int threads);
-void linear(const Linear& args, int threads);  // at most 8 tokens
+Status linear(const Linear& args, int threads);
 
 // Instruction set levels, worst first. `isa_name(i)` is null from the number of compiled levels on;
 // `isa_supported(i)` asks the processor and the operating system. Without a choice the best one is used.
