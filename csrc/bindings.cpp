@@ -112,7 +112,7 @@ void py_silu_mul(Address gate, Address up, Address out, int dtype, Size tokens, 
 }
 
 int py_linear(Address x, Address weight, Address out, int dtype, Size tokens, Size inputs, Size outputs,
-               Size x_token, Size weight_row, Size out_token, int threads) {
+              Size x_token, Size weight_row, Size out_token, int threads) {
     const Linear args = {at<void>(x), at<void>(weight), at<void>(out), static_cast<DType>(dtype),
                          tokens,      inputs,           outputs,       x_token,
                          weight_row,  out_token};

@@ -1,8 +1,9 @@
-// x @ weight^T for a few dozen rows on AMX tiles, for bfloat16. Compiled at every level, empty except at `amx`.
+// x @ weight^T for a few dozen rows on AMX tiles, for bfloat16. Compiled at every level, empty except at
+// `amx`.
 //
-// Weights are read once, straight from where they lie: 16 outputs of 32 inputs are a tile (A) as they are, and
-// x^T is packed into pairs of inputs (B) beforehand. So y^T comes out, and is transposed when it is stored.
-// Libraries pack the weights instead, which costs more than the product when there are few rows of x.
+// Weights are read once, straight from where they lie: 16 outputs of 32 inputs are a tile (A) as they are,
+// and x^T is packed into pairs of inputs (B) beforehand. So y^T comes out, and is transposed when it is
+// stored. Libraries pack the weights instead, which costs more than the product when there are few rows of x.
 #include "amx.h"
 #include "level.h"
 

@@ -23,9 +23,8 @@ void linear(const Linear&, const void*, int64_t, int64_t);
 
 extern const Level level;
 const Level level = {
-    attention, attention_decode, attention_merge, attention_scratch, decode_scratch, write_kv,
-    rope,      rms_norm,         silu_mul,        linear_fits,       linear_scratch, linear_pack,
-    linear,
+    attention, attention_decode, attention_merge, attention_scratch, decode_scratch, write_kv, rope,
+    rms_norm,  silu_mul,         linear_fits,     linear_scratch,    linear_pack,    linear,
 };
 
 }  // namespace ME_LEVEL

@@ -54,14 +54,14 @@ def select_isa(name: str) -> None:
             "set MEMOS_ENGINE_CPU_ISA=reference"
         )
     wanted = name or levels[-1]
-    global _amx
-    _amx = wanted == "amx"
     if not _cpu.isa_select(wanted):
         compiled = [level for level, _ in _cpu.isa_levels()]
         why = "is not supported by this machine" if wanted in compiled else "is not a known level"
         raise MemosEngineError(
             f"MEMOS_ENGINE_CPU_ISA={wanted} {why}; choose one of {', '.join(['reference', *levels])}"
         )
+    global _amx
+    _amx = wanted == "amx"
 
 
 def paged_attention(

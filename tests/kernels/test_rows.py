@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from memos_engine.errors import KernelContractError
 from memos_engine.ops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -117,3 +118,43 @@ def test_linear_over_threads(backend, dtype):
     if backend is not reference:
         assert torch.equal(whole[:, 500:700], linear(x, weight[500:700]))
     torch.testing.assert_close(whole, functional.linear(x, weight), rtol=2e-2, atol=0.2)
+
+
+TILE_SHAPES = [(16, 32), (32, 64), (48, 96), (176, 576), (608, 1536)]  # outputs, inputs
+
+
+@pytest.mark.parametrize("tokens", [2, 8, 9, 15, 16, 17, 31, 32, 33, 48, 65, 130])
+@pytest.mark.parametrize(("outputs", "inputs"), TILE_SHAPES)
+def test_linear_of_many_rows(backend, assert_close, tokens, outputs, inputs):
+    """Through the seam on every level; on AMX tiles this is the native kernel."""
+    x = random(tokens, inputs, dtype=torch.bfloat16)
+    weight = random(outputs, inputs, dtype=torch.bfloat16, seed=1)
+    exact, plain = functional.linear(x.double(), weight.double()), functional.linear(x, weight)
+    assert_close(backend.linear(x, weight), plain, exact)
+    wide = torch.full((tokens, outputs + 24), 7.0, dtype=torch.bfloat16)
+    backend.linear(x, weight, wide[:, 8 : 8 + outputs])
+    assert torch.equal(wide[:, 8 : 8 + outputs], backend.linear(x, weight))
+    assert (wide[:, :8] == 7).all()
+    assert (wide[:, 8 + outputs :] == 7).all()
+
+
+def test_linear_on_tiles_does_not_depend_on_the_other_rows(backend):
+    x = random(40, 576, dtype=torch.bfloat16)
+    weight = random(192, 576, dtype=torch.bfloat16, seed=1)
+    if backend is reference or backend.isa() != "amx":
+        pytest.skip("no AMX tiles at this level")
+    whole = backend.native_linear(x, weight)
+    for first, last in ((0, 2), (3, 20), (16, 40)):
+        assert torch.equal(backend.native_linear(x[first:last], weight), whole[first:last])
+    strided = torch.zeros(40, 1200, dtype=torch.bfloat16)
+    strided[:, 300:876] = x
+    assert torch.equal(backend.native_linear(strided[:, 300:876], weight), whole)
+
+
+def test_linear_native_refuses_more_rows_than_it_takes(backend):
+    if backend is reference:
+        pytest.skip("the reference takes any number of rows")
+    with pytest.raises(KernelContractError, match="at most 8 rows"):
+        backend.native_linear(torch.ones(9, 32), torch.ones(16, 32))
+    with pytest.raises(KernelContractError, match="at most 8 rows"):
+        backend.native_linear(torch.ones(9, 33).bfloat16(), torch.ones(16, 33).bfloat16())
