@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "MemoryEngine": "memos_engine.api",
-    "UserMemory": "memos_engine.api",
+    "UserMemory": "memos_engine.user",
     "Reply": "memos_engine.reply",
     "DecoderConfig": "memos_engine.config",
     "MemoryConfig": "memos_engine.config",
@@ -31,11 +31,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from memos_engine.api import MemoryEngine, UserMemory
+    from memos_engine.api import MemoryEngine
     from memos_engine.config import DecoderConfig, MemoryConfig, SamplingParams
     from memos_engine.errors import MemosEngineError
     from memos_engine.interfaces.attach import attach, detach
     from memos_engine.reply import Reply
+    from memos_engine.user import UserMemory
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,20 +20,20 @@ from memos_engine.decoder.spec import ModelSpec
 from memos_engine.decoder.weights import Weights
 from memos_engine.errors import (
     ContextLengthError,
-    MemoryInputError,
     MemoryNotFoundError,
     OutOfPagesError,
     StoreError,
 )
-from memos_engine.memory.cube import MemCube, validate_text
+from memos_engine.memory.cube import MemCube
 from memos_engine.memory.embed import Embedder, default_embedder
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import Candidate, MemOperator
 from memos_engine.memory.scheduler import KVAvailability, MemScheduler, Plan, PlanInput, PlanRequest
-from memos_engine.memory.store import HistoryEntry, MemoryStore
+from memos_engine.memory.store import MemoryStore
 from memos_engine.models import resolve
 from memos_engine.prompt import PromptLayout, eos_ids, load_tokenizer
-from memos_engine.reply import Prepared, Reply, TextStream
+from memos_engine.reply import Prepared
+from memos_engine.user import UserMemory
 
 log = logging.getLogger("memos_engine")
 
@@ -272,120 +271,6 @@ class MemoryEngine:
             self.activation.build(principal, cube)
         except (MemoryNotFoundError, StoreError, OutOfPagesError) as error:
             log.warning("memos_engine: the KV of memory %s was not stored: %s", cube.id, error)
-
-
-class UserMemory:
-    """One user's memories and chat."""
-
-    def __init__(self, engine: MemoryEngine, principal: Principal) -> None:
-        self.engine = engine
-        self.principal = principal
-
-    def remember(self, text: str, tags: Sequence[str] = (), idempotency_key: str | None = None) -> MemCube:
-        """Stores a memory as text; its KV record is built later, when it is first used or by `warm`."""
-        engine = self.engine
-        text = validate_text(text)
-        tokens = len(engine.layout.memory(text))
-        room = min(engine.decoder.spec.max_positions, engine.decoder.pool_tokens) // 2
-        if tokens > room:
-            raise MemoryInputError(
-                f"This memory has {tokens} tokens; at most {room} (half the context) fit beside a question. "
-                "Split it into parts."
-            )
-        return engine.operator.remember(self.principal, text, tags=tags, idempotency_key=idempotency_key)
-
-    def recall(self, query: str, k: int = 8) -> list[Candidate]:
-        """The k memories nearest to the query, best first."""
-        return self.engine.operator.recall(self.principal, validate_text(query), k=k)
-
-    def memories(self) -> list[MemCube]:
-        """All live memories, oldest first."""
-        return self.engine.opened_store.list(self.principal)
-
-    def archive(self, cube_id: str) -> MemCube:
-        """Puts a memory away: kept, not retrieved."""
-        return self.engine.opened_store.archive(self.principal, cube_id)
-
-    def restore(self, cube_id: str) -> MemCube:
-        """Brings an archived memory back."""
-        return self.engine.opened_store.restore(self.principal, cube_id)
-
-    def delete(self, cube_id: str) -> None:
-        """Ends a memory: hidden from everything but its history; its KV is removed."""
-        self.engine.opened_store.delete(self.principal, cube_id)
-        self._let_go()
-
-    def erase(self, cube_id: str) -> None:
-        """Destroys a memory's text, vectors and KV for good; only the fact that it existed remains."""
-        self.engine.opened_store.erase(self.principal, cube_id)
-        self._let_go()
-
-    def history(self, cube_id: str) -> list[HistoryEntry]:
-        """What happened to a memory, oldest first."""
-        return self.engine.opened_store.history(self.principal, cube_id)
-
-    def warm(
-        self, cube_ids: Sequence[str] | None = None, progress: Callable[[str], None] | None = None
-    ) -> int:
-        """Builds the missing KV records of these (default: all live) memories; returns how many."""
-        activation = self.engine.activation
-        if activation is None:
-            raise StoreError("This engine has no store; there is nothing to build.")
-        store = self.engine.opened_store
-        ids = [c.id for c in self.memories()] if cube_ids is None else list(cube_ids)
-        built = 0
-        for cube_id in ids:
-            built += activation.build(self.principal, store.get(self.principal, cube_id))
-            if progress is not None:
-                progress(cube_id)
-        return built
-
-    def chat(
-        self,
-        text: str,
-        params: SamplingParams | None = None,
-        *,
-        form: str | None = None,
-        max_memories: int | None = None,
-        history: Sequence[tuple[str, str]] = (),
-        stream: Callable[[str], None] | None = None,
-    ) -> Reply:
-        """Answers from the user's memories.
-
-        form: auto, text, kv or none (default: the engine's). history: earlier (question, answer) turns.
-        stream: called with each new piece of the answer.
-        """
-        engine = self.engine
-        start = time.perf_counter()
-        text = validate_text(text)
-        head = engine.layout.anchor + engine.layout.history(history)
-        prepared = engine.prepare(
-            self.principal, text, head, engine.layout.query(text), form=form, max_memories=max_memories
-        )
-        preparation_ms = (time.perf_counter() - start) * 1e3
-        params = params or SamplingParams()
-        if not params.stop_token_ids:
-            params = replace(params, stop_token_ids=engine.eos_token_ids)
-        writer = None if stream is None else TextStream(engine.tokenizer, params.stop_token_ids, stream)
-        ids, stats, reason = engine.run(prepared, params, writer)
-        reply = Reply(
-            text=engine.tokenizer.decode(ids, skip_special_tokens=True).strip(),
-            token_ids=tuple(ids),
-            finish_reason=reason,
-            ttft_ms=preparation_ms + stats.ttft_ms,
-            total_ms=(time.perf_counter() - start) * 1e3,
-            plan=prepared.plan,
-            stats=stats,
-            timings={**prepared.timings, "splice": stats.splice_ms, "prefill": stats.prefill_ms},
-        )
-        engine.after_reply(prepared)
-        return reply
-
-    def _let_go(self) -> None:
-        """Nothing of an ended memory stays in this process: neither its record nor pages it went into."""
-        if self.engine.activation is not None:
-            self.engine.activation.evict()
-        self.engine.decoder.forget_prefixes()
 
 
 def _availability(found: KVRecord | Miss) -> KVAvailability:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import getpass
-import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from memos_engine import __version__
 from memos_engine.errors import MemosEngineError
+from memos_engine.interfaces.cli_bench import bench_app
+from memos_engine.interfaces.options import (
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    StoreOption,
+    UserOption,
+    console,
+    emit,
+    notes,
+)
 
 app = typer.Typer(
     help="Memory inside the decoder: remember, recall, and answer from spliced KV memories.",
@@ -25,28 +33,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 models_app = typer.Typer(help="Fetch and check models.", no_args_is_help=True)
-bench_app = typer.Typer(
-    help="Measure on this machine; the last line of --json output is the result.", no_args_is_help=True
-)
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
-
-console = Console()
-notes = Console(stderr=True)
-
-StoreOption = Annotated[
-    Path, typer.Option("--store", envvar="MEMOS_ENGINE_STORE", help="Store directory (made if missing).")
-]
-UserOption = Annotated[
-    str | None,
-    typer.Option("--user", "-u", envvar="MEMOS_ENGINE_USER", help="Whose memories (default: you)."),
-]
-ModelOption = Annotated[
-    str,
-    typer.Option("--model", envvar="MEMOS_ENGINE_MODEL", help="Alias, hub id or folder of a pulled model."),
-]
-DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, or auto: what this machine is fast at.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 DEFAULT_STORE = Path("memory")
 
@@ -60,10 +48,6 @@ def _engine(model: str, store: Path | None, dtype: str = "auto", **memory: Any) 
     from memos_engine.config import DecoderConfig, MemoryConfig
 
     return MemoryEngine.open(model, store, decoder=DecoderConfig(dtype=dtype), memory=MemoryConfig(**memory))
-
-
-def _emit(data: Any) -> None:
-    print(json.dumps(data, ensure_ascii=False, default=str))
 
 
 # -- memories ------------------------------------------------------------------------------------
@@ -83,7 +67,7 @@ def remember(
     with _engine(model, store) as engine:
         cube = engine.user(_user(user)).remember(text, tags=tag or ())
     if as_json:
-        _emit(cube.to_dict())
+        emit(cube.to_dict())
     else:
         console.print(f"Remembered as [bold]{cube.id}[/bold].")
 
@@ -101,7 +85,7 @@ def recall(
     with _engine(model, store) as engine:
         found = engine.user(_user(user)).recall(query, k=k)
     if as_json:
-        _emit([{"score": round(c.score, 4), **c.cube.to_dict()} for c in found])
+        emit([{"score": round(c.score, 4), **c.cube.to_dict()} for c in found])
     else:
         _memories_table([(c.cube, c.score) for c in found])
 
@@ -130,7 +114,7 @@ def forget(
         if text is not None:
             found = person.recall(text)
             if as_json:
-                _emit([{"score": round(c.score, 4), **c.cube.to_dict()} for c in found])
+                emit([{"score": round(c.score, 4), **c.cube.to_dict()} for c in found])
             else:
                 _memories_table([(c.cube, c.score) for c in found])
                 console.print(
@@ -141,7 +125,7 @@ def forget(
             getattr(person, how)(cube_id)
     past = {"archive": "archived", "delete": "deleted", "erase": "erased"}[how]
     if as_json:
-        _emit({past: id_})
+        emit({past: id_})
     else:
         console.print(f"{past.capitalize()}: {', '.join(id_ or ())}")
 
@@ -158,7 +142,7 @@ def history(
     with _engine(model, store) as engine:
         entries = engine.user(_user(user)).history(cube_id)
     if as_json:
-        _emit([asdict(entry) for entry in entries])
+        emit([asdict(entry) for entry in entries])
         return
     table = Table("when", "event", "version", "state", "text")
     for e in entries:
@@ -219,7 +203,7 @@ def _answer(
 
     reply = person.chat(question, params, history=turns, stream=None if as_json else show)
     if as_json:
-        _emit(
+        emit(
             {
                 "text": reply.text,
                 "finish_reason": reply.finish_reason,
@@ -260,7 +244,7 @@ def models_pull(
     from memos_engine.models import pull
 
     path = pull(source, progress=not as_json, force=force)
-    _emit({"source": source, "path": str(path)}) if as_json else console.print(f"{source}: {path}")
+    emit({"source": source, "path": str(path)}) if as_json else console.print(f"{source}: {path}")
 
 
 @models_app.command("list")
@@ -270,9 +254,7 @@ def models_list(as_json: JsonOption = False) -> None:
 
     found = list_models()
     if as_json:
-        _emit(
-            [{"name": m.name, "path": str(m.path), "bytes": m.bytes, "complete": m.complete} for m in found]
-        )
+        emit([{"name": m.name, "path": str(m.path), "bytes": m.bytes, "complete": m.complete} for m in found])
         return
     table = Table("name", "MB", "complete", "path")
     for m in found:
@@ -301,7 +283,7 @@ def doctor(
     from memos_engine.interfaces.doctor import examine, show
 
     report = examine(store)
-    _emit(report) if as_json else show(report, console)
+    emit(report) if as_json else show(report, console)
 
 
 @app.command()
@@ -317,63 +299,6 @@ def demo(
     from memos_engine.interfaces.demo import run
 
     run(store, model, dtype, as_json, console)
-
-
-@bench_app.command("ttft")
-def bench_ttft(
-    model: ModelOption = "smollm2",
-    dtype: Annotated[str, typer.Option()] = "bfloat16",
-    context: Annotated[
-        list[int] | None, typer.Option(help="Memory tokens; may be repeated (default 1024).")
-    ] = None,
-    query: Annotated[int, typer.Option(min=1)] = 32,
-    memories: Annotated[int, typer.Option(min=1)] = 4,
-    n: Annotated[int, typer.Option(help="Measured rounds.", min=1)] = 9,
-    threads: Annotated[int | None, typer.Option(min=1)] = None,
-    peers: Annotated[str, typer.Option(help="Comma-separated; empty for none.")] = "transformers",
-    seed: Annotated[int, typer.Option()] = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Time to first token: full prefill, prefix, splice, query alone, transformers."""
-    from memos_engine.bench import ttft
-
-    config = ttft.TtftConfig(
-        model, dtype, tuple(context or (1024,)), query, memories, n, seed=seed, threads=threads,
-        peers=tuple(p for p in peers.split(",") if p),
-    )  # fmt: skip
-    _bench(
-        lambda progress: ttft.run(config, progress),
-        as_json,
-        ["system", "mode", "context", "ttft_ms_p50", "ttft_ms_p95", "same_first_token"],
-    )
-
-
-@bench_app.command("memory")
-def bench_memory(
-    model: ModelOption = "smollm2",
-    dtype: Annotated[str, typer.Option()] = "bfloat16",
-    as_json: JsonOption = False,
-) -> None:
-    """Peak memory of a process that remembers, prefills, splices and answers."""
-    from memos_engine.bench import memory
-
-    _bench(
-        lambda _: memory.run(model, dtype),
-        as_json,
-        ["dtype", "peak_mb", "model_mb", "pool_mb", "overhead_mb"],
-    )
-
-
-def _bench(run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool, columns: list[str]) -> None:
-    with notes.status("warming up") as status:
-        document = run(status.update)
-    if as_json:
-        _emit(document)
-        return
-    table = Table(*columns)
-    for row in document["rows"]:
-        table.add_row(*(str(row[c]) for c in columns))
-    console.print(table)
 
 
 def _version(value: bool) -> None:
@@ -395,7 +320,7 @@ def main() -> None:
         app()
     except MemosEngineError as error:
         if "--json" in sys.argv:
-            _emit({"error": type(error).__name__, "message": str(error)})
+            emit({"error": type(error).__name__, "message": str(error)})
         notes.print(f"[bold red]error:[/bold red] {error}", highlight=False)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

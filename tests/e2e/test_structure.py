@@ -15,6 +15,7 @@ LAYER_OF = {
     "interfaces": "interfaces",
     "bench": "bench",
     "api": "api",
+    "user": "api",
     "activation": "meeting",
     "reply": "meeting",
     "prompt": "meeting",

@@ -26,7 +26,7 @@ def imported(path: Path) -> set[str]:
 def test_no_module_imports_the_other_side() -> None:
     for path in FOLDER.glob("*.py"):
         wrong = {n for n in imported(path) if any(n == f or n.startswith(f + ".") for f in FORBIDDEN)}
-        assert not wrong or path.name == "embed.py", (path.name, wrong)
+        assert not wrong or path.name in ("embed.py", "bert.py"), (path.name, wrong)
 
 
 def test_using_a_store_does_not_load_torch() -> None:
