@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 
-.PHONY: all setup models demo test lint format bench bench-ttft torture wheel-test clean help
+.PHONY: all setup models demo test lint format bench wheel-test clean help
 
 help:
 	@echo "make demo     a real model answers from spliced memories (first run sets everything up)"
@@ -56,7 +56,7 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
-bench bench-ttft: models
+bench: models
 	$(BIN)/memos-engine bench ttft
 
 wheel-test: setup

@@ -82,10 +82,10 @@ def _measure(
 ) -> list[dict[str, Any]]:
     anchor = layout.anchor
     sizes = [context // config.memories + (i < context % config.memories) for i in range(config.memories)]
-    spans = [_exactly(layout.memory(facts(i, size)), size) for i, size in enumerate(sizes)]
-    query = _exactly(
-        layout.query("Where does Anna live and what does she do there? " * 3), config.query, tail=True
-    )
+    close = len(layout.turn_close)
+    spans = [_exactly(layout.memory(facts(i, size)), size, close) for i, size in enumerate(sizes)]
+    question = "Where does Anna live? " * (1 + config.query // 5)
+    query = _exactly(layout.query(question), config.query, tail=close + 10)
     anchor_span = KVSpan(_record(engine, (), anchor))
     records = [_record(engine, anchor, span) for span in spans]
     rng = random.Random(config.seed)
@@ -145,10 +145,12 @@ def _record(engine: DecoderEngine, left: tuple[int, ...], span: tuple[int, ...])
     return KVRecord(k, v, span, "bench", ids_digest(left))
 
 
-def _exactly(ids: tuple[int, ...], size: int, tail: bool = False) -> tuple[int, ...]:
+def _exactly(ids: tuple[int, ...], size: int, tail: int) -> tuple[int, ...]:
+    """A span of just `size` tokens: its middle is cut, its last `tail` tokens (the end of the turn) stay."""
     if len(ids) < size:
         raise ValueError(f"{size} tokens were asked for, the text gives {len(ids)}")
-    return ids[len(ids) - size :] if tail else ids[:size]
+    tail = min(tail, size)
+    return ids[: size - tail] + ids[len(ids) - tail :]
 
 
 def _rotated(systems: dict[tuple[str, str], Run], by: int) -> Iterator[tuple[tuple[str, str], Run]]:

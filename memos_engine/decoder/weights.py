@@ -104,10 +104,6 @@ class Weights:
             total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + part)
         return total.hexdigest()
 
-    def fingerprint(self) -> tuple[tuple[int, int], ...]:
-        """Cheap change detector for live models: address and version counter of every tensor."""
-        return tuple((tensor.data_ptr(), tensor._version) for tensor in self.tensors.values())
-
     @classmethod
     def from_folder(cls, folder: Path, spec: ModelSpec, dtype: torch.dtype) -> Weights:
         """Loads `*.safetensors`. Tensors already in `dtype` stay memory-mapped; others are converted in a

@@ -91,7 +91,7 @@ class _Attached:
         self.model, self.engine, self.user = model, engine, user
         self.original = model.generate
         self.reason = reason
-        self.fingerprint = engine.decoder.runner.model.weights.fingerprint() if engine else ()
+        self.fingerprint = _fingerprint(model)
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         user = kwargs.pop("user", self.user)
@@ -181,16 +181,21 @@ class _Attached:
     def _follow_weights(self) -> None:
         """A live model can change under us: then its tensors are taken anew and nothing old is reused."""
         assert self.engine is not None
-        decoder = self.engine.decoder
-        weights = Weights.from_model(self.model, decoder.spec)
-        fingerprint = weights.fingerprint()
+        fingerprint = _fingerprint(self.model)
         if fingerprint == self.fingerprint:
             return
+        decoder = self.engine.decoder
+        weights = Weights.from_model(self.model, decoder.spec)
         if weights.dtype != decoder.runner.cache.k.dtype or weights.device != decoder.runner.device:
             raise ModelError("The model's dtype or device changed after attach(); call attach() again.")
         self.fingerprint = fingerprint
         decoder.runner.model.weights = weights
         decoder.forget_prefixes()
+
+
+def _fingerprint(model: Any) -> list[tuple[int, int, int]]:
+    """Object, address and version counter of every parameter: what any change of weights changes."""
+    return [(id(p), p.data_ptr(), p._version) for p in model.parameters()]
 
 
 def _sampling(config: dict[str, Any], prompt_len: int) -> SamplingParams:

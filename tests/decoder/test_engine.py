@@ -225,13 +225,6 @@ def test_a_live_models_parameters_are_shared(tiny_llama):
     model = tiny_llama()
     weights = Weights.from_model(model, ModelSpec.from_config(model.config, "LlamaForCausalLM"))
     assert weights.embed.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-    before = weights.fingerprint()
-    with torch.no_grad():
-        model.model.norm.weight.mul_(2)
-    assert (
-        Weights.from_model(model, ModelSpec.from_config(model.config, "LlamaForCausalLM")).fingerprint()
-        != before
-    )
 
 
 # -- settings ------------------------------------------------------------------------------------

@@ -147,7 +147,11 @@ def test_changed_weights_are_followed(model, tokenizer):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.normal_(std=0.5)
     after = model.generate(**inputs, max_new_tokens=10, do_sample=False)
+    model.model.norm.weight = torch.nn.Parameter(torch.linspace(-1, 2, 48))  # another object
+    replaced = model.generate(**inputs, max_new_tokens=10, do_sample=False)
     detach(model)
+    assert torch.equal(replaced, model.generate(**inputs, max_new_tokens=10, do_sample=False))
+    model.model.norm.weight = torch.nn.Parameter(torch.ones(48))
     assert torch.equal(after, model.generate(**inputs, max_new_tokens=10, do_sample=False))
     assert not torch.equal(before, after)
 
