@@ -1,4 +1,8 @@
-"""Peak memory of a whole process: open, remember, full prefill, splice, answer."""
+"""Peak memory of a whole process: open, remember, full prefill, splice, answer.
+
+`overhead_mb` is the peak beyond model and KV pool; pages that no request has used yet cost nothing, so
+`overhead_full_pool_mb` is taken once more after a prompt that fills the pool to its last page.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +47,7 @@ def child() -> None:
     """Measured process: `model dtype store`."""
     from memos_engine.api import MemoryEngine
     from memos_engine.config import DecoderConfig, SamplingParams
+    from memos_engine.decoder.sequence import TextSpan
 
     model, dtype, folder = sys.argv[1:4]
     with MemoryEngine.open(model, f"{folder}/store", decoder=DecoderConfig(dtype=dtype)) as engine:
@@ -55,7 +60,10 @@ def child() -> None:
         person.warm()
         reply = person.chat(question, params, form="kv")
         weights, cache = engine.decoder.runner.model.weights, engine.decoder.runner.cache
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = _peak_mb()
+        filling = tuple(range(100, 100 + engine.decoder.pool_tokens - 8))
+        list(engine.decoder.generate([TextSpan(filling)], SamplingParams(max_new_tokens=1)))
+        full = _peak_mb()
         model_mb, pool_mb = weights.nbytes / 2**20, cache.nbytes / 2**20
         row = {
             "system": "memos_engine",
@@ -64,6 +72,11 @@ def child() -> None:
             "model_mb": round(model_mb, 1),
             "pool_mb": round(pool_mb, 1),
             "overhead_mb": round(peak - model_mb - pool_mb, 1),
+            "overhead_full_pool_mb": round(full - model_mb - pool_mb, 1),
             "spliced_tokens": reply.stats.spliced_tokens,
         }
         print(json.dumps(row))
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

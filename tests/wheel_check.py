@@ -84,12 +84,12 @@ def tail(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def sources(tree: Path) -> set[str]:
-    """Every file the wheel should hold, by its name there."""
+    """Every file the wheel should hold, by its name there: all but the checkout's scripts and results."""
     return {
         f"{package}/{path.relative_to(tree / folder).as_posix()}"
         for folder, package in PACKAGES.items()
         for path in (tree / folder).rglob("*")
-        if path.is_file()
+        if path.is_file() and path.suffix != ".sh" and "results" not in path.parts
     }
 
 

@@ -56,7 +56,7 @@ def bench_memory(
     _bench(
         lambda _: memory.run(model, dtype),
         as_json,
-        ["dtype", "peak_mb", "model_mb", "pool_mb", "overhead_mb"],
+        ["dtype", "peak_mb", "model_mb", "pool_mb", "overhead_mb", "overhead_full_pool_mb"],
     )
 
 
