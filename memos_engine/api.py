@@ -117,16 +117,22 @@ class MemoryEngine:
     ) -> MemoryEngine:
         """An engine over a live transformers model; parameters are shared, not copied."""
         spec = ModelSpec.from_config(model.config, type(model).__name__)
-        weights = Weights.from_model(model, spec)
+        engine = DecoderEngine(spec, Weights.from_model(model, spec), decoder)
         eos = model.generation_config.eos_token_id if model.generation_config else None
-        return cls(
-            DecoderEngine(spec, weights, decoder),
-            tokenizer,
-            None if store is None else MemoryStore.open(store),
-            embedder=embedder,
-            memory=memory,
-            eos_token_ids=_as_tuple(eos) or _as_tuple(tokenizer.eos_token_id),
-        )
+        opened = None if store is None else MemoryStore.open(store)
+        try:
+            return cls(
+                engine,
+                tokenizer,
+                opened,
+                embedder=embedder,
+                memory=memory,
+                eos_token_ids=_as_tuple(eos) or _as_tuple(tokenizer.eos_token_id),
+            )
+        except BaseException:
+            if opened is not None:
+                opened.close()
+            raise
 
     def user(self, name: str, tenant: str = "default") -> UserMemory:
         """The memories of one user; nobody else's can be seen through it."""
@@ -175,10 +181,12 @@ class MemoryEngine:
         *,
         form: str | None = None,
         max_memories: int | None = None,
+        answer: int = 1,
     ) -> Prepared:
         """Retrieves, plans and lays out: head | memories | tail.
 
-        head: ids in front of the memories (the anchor, perhaps history); tail: ids behind them.
+        head: ids in front of the memories (the anchor, perhaps history); tail: ids behind them; answer:
+        tokens the caller may want, for which memories leave room (up to a quarter of the window).
         """
         start = time.perf_counter()
         form = form or self.config.form
@@ -196,12 +204,14 @@ class MemoryEngine:
                 records[cube.id] = found
             inputs.append(PlanInput(cube.id, candidate.score, len(texts[cube.id]), _availability(found)))
         fetched = time.perf_counter()
-        window = min(self.decoder.spec.max_positions, self.decoder.pool_tokens) - len(head) - len(tail) - 1
+        fits = min(self.decoder.spec.max_positions, self.decoder.pool_tokens) - 1
+        window = fits - len(head) - len(tail)
         if window < 0:
             raise ContextLengthError(
-                f"The prompt has {len(head) + len(tail)} tokens without any memory, more than the "
-                f"{window + len(head) + len(tail)} that fit. Shorten it or open a larger pool."
+                f"The prompt has {len(head) + len(tail)} tokens without any memory, more than the {fits} "
+                "that fit. Shorten it or open the engine with a larger pool_tokens."
             )
+        window = max(0, window - min(answer, fits // 4))
         plan = self.scheduler.plan(
             inputs,
             PlanRequest(
@@ -244,15 +254,12 @@ class MemoryEngine:
         """Decodes a prepared request. Returns the answer's ids without a stop token, what it cost, and the
         finish reason (stop or length)."""
         root = b"" if self.activation is None else self.activation.salt(prepared.principal)
-        out: StepOutput | None = None
         for out in self.decoder.generate(prepared.spans, params, root):
+            seq = out.sequence
             if on_token is not None:
                 on_token(out)
-        assert out is not None
-        ids = out.sequence.output
-        if out.finish_reason == "stop":
-            ids = ids[:-1]
-        return ids, out.sequence.stats, out.finish_reason or "stop"
+        reason = seq.finish_reason or "length"
+        return seq.output[:-1] if reason == "stop" else seq.output, seq.stats, reason
 
     def after_reply(self, prepared: Prepared) -> None:
         """Off the request's path: records use, and builds the KV of memories that had to enter as text."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from memos_engine.errors import ModelError
+
+log = logging.getLogger("memos_engine")
 
 _A, _B, _C = "\x1aalpha\x1a", "\x1abeta\x1a", "\x1agamma\x1a"
 
@@ -50,7 +53,15 @@ class PromptLayout:
     def __init__(self, tokenizer: Any, system_prompt: str | None = None) -> None:
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
-        self._anchor, self._memory, self._query, self._turn = self._pieces()
+        try:
+            pieces = self._pieces()
+        except ModelError:
+            if system_prompt is None:
+                raise
+            log.warning("memos_engine: the chat template takes no system prompt; it goes without.")
+            self.system_prompt = None
+            pieces = self._pieces()
+        self._anchor, self._memory, self._query, self._turn = pieces
 
     @cached_property
     def anchor(self) -> tuple[int, ...]:

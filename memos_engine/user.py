@@ -103,14 +103,19 @@ class UserMemory:
         engine = self.engine
         start = time.perf_counter()
         text = validate_text(text)
-        head = engine.layout.anchor + engine.layout.history(history)
-        prepared = engine.prepare(
-            self.principal, text, head, engine.layout.query(text), form=form, max_memories=max_memories
-        )
-        preparation_ms = (time.perf_counter() - start) * 1e3
         params = params or SamplingParams()
         if not params.stop_token_ids:
             params = replace(params, stop_token_ids=engine.eos_token_ids)
+        prepared = engine.prepare(
+            self.principal,
+            text,
+            engine.layout.anchor + engine.layout.history(history),
+            engine.layout.query(text),
+            form=form,
+            max_memories=max_memories,
+            answer=params.max_new_tokens,
+        )
+        preparation_ms = (time.perf_counter() - start) * 1e3
         writer = None if stream is None else TextStream(engine.tokenizer, params.stop_token_ids, stream)
         ids, stats, reason = engine.run(prepared, params, writer)
         reply = Reply(

@@ -24,6 +24,11 @@ class Batcher:
 
     def add(self, seq: Sequence) -> None:
         """Queues a request; refuses at once what can never run."""
+        self.check(seq)
+        self.waiting.append(seq)
+
+    def check(self, seq: Sequence) -> None:
+        """Raises ContextLengthError or OutOfPagesError for a prompt that no empty pool could take."""
         capacity = (self.pool.num_blocks - 1) * self.pool.page
         if seq.prompt_len >= self.max_positions:
             raise ContextLengthError(
@@ -35,7 +40,6 @@ class Batcher:
                 f"The prompt has {seq.prompt_len} tokens; the KV pool holds {capacity}. "
                 "Open the engine with a larger pool_tokens."
             )
-        self.waiting.append(seq)
 
     def admit(self) -> tuple[Sequence, list[Splice], list[tuple[int, int]]] | None:
         """Starts the next waiting request if nothing runs.

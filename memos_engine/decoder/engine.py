@@ -5,6 +5,7 @@ It knows token ids and KV records; not text, users or stores.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -77,7 +78,10 @@ class DecoderEngine:
         return seq
 
     def step(self) -> StepOutput | None:
-        """Admit, run, sample, publish. Returns a token, or None when there is nothing to do."""
+        """Admit, run, sample, publish. Returns a token, or None when there is nothing to do.
+
+        An error ends the request it belongs to (`sequence.error`) and is raised; the others go on.
+        """
         with self._lock:
             self._admit()
             seq = self.batcher.running
@@ -87,23 +91,36 @@ class DecoderEngine:
                 logits = self._forward(seq)
                 token = self._samplers[seq.id](logits)
                 return self._advance(seq, token)
-            except BaseException:
-                self.abort(seq)
+            except BaseException as error:
+                self._fail(seq, error)
                 raise
 
     def generate(
         self, spans: Seq[Span], params: SamplingParams | None = None, root: bytes = b""
     ) -> Iterator[StepOutput]:
-        """Streams one request's tokens. Closing the iterator early frees its pages."""
+        """Streams one request's tokens. Closing the iterator early frees its pages.
+
+        Several threads may do so at once: whoever steps, everybody reads their own request.
+        """
         seq = self.add_request(spans, params, root)
+        seen = 0
         try:
-            while seq.finish_reason is None:
-                out = self.step()
-                if out is not None and out.sequence is seq:
-                    yield out
+            while seq.finish_reason is None or seen < len(seq.output):
+                for token in seq.output[seen:]:
+                    seen += 1
+                    last = seen == len(seq.output)
+                    yield StepOutput(seq, token, seq.finish_reason if last else None)
+                if seq.finish_reason is None:
+                    with contextlib.suppress(Exception):  # if it is ours, it is in seq.error
+                        self.step()
+            if seq.error is not None:
+                raise seq.error
         finally:
-            if seq.finish_reason is None:
-                self.abort(seq)
+            self.abort(seq)
+
+    def _fail(self, seq: Sequence, error: BaseException) -> None:
+        seq.error = error
+        self.abort(seq)
 
     def abort(self, seq: Sequence) -> None:
         """Ends a request now and returns its pages."""
@@ -122,8 +139,7 @@ class DecoderEngine:
         """
         seq = Sequence([TextSpan((*left, *span))], SamplingParams())
         with self._lock:
-            self.batcher.add(seq)
-            self.batcher.waiting.remove(seq)
+            self.batcher.check(seq)
             seq.blocks = self.pool.allocate(-(-seq.prompt_len // self.pool.page))
             try:
                 pages = self.runner.cache.k
@@ -146,7 +162,13 @@ class DecoderEngine:
     # -- the parts of a step ---------------------------------------------------------------------
 
     def _admit(self) -> None:
-        admitted = self.batcher.admit()
+        first = self.batcher.waiting[0] if self.batcher.waiting else None
+        try:
+            admitted = self.batcher.admit()
+        except BaseException as error:
+            assert first is not None
+            self._fail(first, error)
+            raise
         if admitted is None:
             return
         seq, splices, copies = admitted
@@ -154,8 +176,8 @@ class DecoderEngine:
         try:
             self.runner.copy_pages(copies)
             self.runner.splice(seq, splices)
-        except BaseException:
-            self.abort(seq)
+        except BaseException as error:
+            self._fail(seq, error)
             raise
         seq.stats.splice_ms = (time.perf_counter() - start) * 1e3
 

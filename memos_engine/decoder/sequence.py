@@ -82,7 +82,8 @@ class Sequence:
         self.blocks: list[int] = []
         self.pending: list[int] = []
         self.keys: list[bytes] = []
-        self.finish_reason: str | None = None
+        self.finish_reason: str | None = None  # stop, length or abort
+        self.error: BaseException | None = None
         self.stats = Stats()
 
     @property

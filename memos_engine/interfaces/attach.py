@@ -132,7 +132,9 @@ class _Attached:
         head = tuple(prompt[:cut]) if cut else engine.layout.anchor
         tail = tuple(prompt[cut:])
         text = query or engine.tokenizer.decode(tail, skip_special_tokens=True)
-        prepared = engine.prepare(Principal("default", user), text, head, tail, form=form)
+        prepared = engine.prepare(
+            Principal("default", user), text, head, tail, form=form, answer=params.max_new_tokens
+        )
         if not prepared.plan.segments:  # no memory entered: the prompt is the caller's own, to the token
             prepared.spans[:] = [TextSpan(tuple(prompt))]
         new: list[int] = []
@@ -174,6 +176,9 @@ class _Attached:
         ]
         if odd:
             return f"it uses {', '.join(sorted(odd))}"
+        longest = config.get("max_length")
+        if config.get("max_new_tokens") is None and longest is not None and longest <= ids.shape[1]:
+            return f"max_length={longest} leaves no room behind {ids.shape[1]} prompt tokens"
         if config.get("use_cache") is False:
             return "use_cache=False"
         return None

@@ -88,6 +88,31 @@ def test_requests_wait_for_each_other(engine, random_ids):
     assert engine.step() is None
 
 
+def test_two_threads_each_get_their_own_tokens(engine, random_ids):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def tokens(seed):
+        params = SamplingParams(max_new_tokens=15, temperature=1.0, seed=seed)
+        return [out.token for out in engine.generate([TextSpan(random_ids(20, seed))], params)]
+
+    alone = [tokens(seed) for seed in range(6)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(tokens, range(6))) == alone
+
+
+def test_an_error_reaches_only_the_request_it_belongs_to(engine, random_ids):
+    good = engine.add_request([TextSpan(random_ids(20, 1))], SamplingParams(max_new_tokens=3))
+    bad = engine.generate([TextSpan(random_ids(20, 2))], SamplingParams(max_new_tokens=3))
+    engine.runner.run, run = (
+        (lambda seq, rows: 1 / 0 if seq is not good else run(seq, rows)),
+        engine.runner.run,
+    )
+    with pytest.raises(ZeroDivisionError):
+        list(bad)
+    assert len(good.output) == 3
+    assert good.error is None
+
+
 def test_an_aborted_waiting_request_never_runs(engine, random_ids):
     first = engine.add_request([TextSpan(random_ids(20, 1))], SamplingParams(max_new_tokens=2))
     second = engine.add_request([TextSpan(random_ids(20, 2))])

@@ -57,6 +57,11 @@ def test_without_a_template_memories_are_lines(tokenizer):
     assert tokenizer.decode(ids) == "<|im_start|>A fact.\nA question?"
 
 
+def test_a_template_without_system_turns_goes_without_a_system_prompt(tokenizer):
+    tokenizer.chat_template = INST
+    assert PromptLayout(tokenizer, "Be brief.").system_prompt is None
+
+
 def test_a_template_that_hides_texts_is_refused(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
     with pytest.raises(ModelError, match="drops or rewrites"):
