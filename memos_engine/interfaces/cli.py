@@ -171,7 +171,8 @@ def chat(
 
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     with _engine(model, store, dtype, form=form, max_memories=memories) as engine:
-        person = engine.user(_user(user))
+        with notes.status("getting ready"):
+            person = engine.ready().user(_user(user))
         if question is not None:
             _answer(person, question, params, (), as_json)
             return

@@ -124,7 +124,7 @@ def _answer(engine: Any, data: dict[str, Any]) -> dict[str, Any]:
 
     owned = {name: {c.id for c in engine.user(name).memories()} for name in data["users"]}
     params = SamplingParams(max_new_tokens=ANSWER_TOKENS)
-    engine.user("alice").chat("Hello", params, form="kv")  # warms the page cache and the weights
+    engine.ready()
     rows, foreign = [], 0
     for question in _bar(data["questions"], "answering"):
         person = engine.user(question["user"])

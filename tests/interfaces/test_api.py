@@ -161,6 +161,12 @@ def test_the_answer_streams(alice):
     assert reply.ttft_ms <= reply.total_ms
 
 
+def test_ready_changes_nothing_but_the_wait(alice, engine):
+    expected = alice.chat("dog", SHORT, form="text").token_ids
+    assert engine.ready() is engine
+    assert alice.chat("dog", SHORT, form="text").token_ids == expected
+
+
 def test_history_goes_in_front(alice):
     reply = alice.chat("And now?", SHORT, history=[("Hello", "Hi"), ("What?", "Nothing")])
     plain = alice.chat("And now?", SHORT)
