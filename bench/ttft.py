@@ -18,7 +18,7 @@ from memos_engine.bench.machine import machine
 from memos_engine.bench.texts import facts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from memos_engine.config import DecoderConfig, SamplingParams
+from memos_engine.config import ConfigError, DecoderConfig, SamplingParams
 from memos_engine.decoder.engine import DecoderEngine
 from memos_engine.decoder.record import KVRecord, ids_digest
 from memos_engine.decoder.sequence import KVSpan, Span, TextSpan
@@ -42,6 +42,18 @@ class TtftConfig:
     seed: int = 0
     threads: int | None = None
     peers: tuple[str, ...] = ("transformers",)
+
+    def __post_init__(self) -> None:
+        unknown = set(self.peers) - {"transformers"}
+        if unknown:
+            raise ConfigError(f"peers {', '.join(sorted(unknown))}: this bench knows transformers.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype={self.dtype!r}: use float32 or bfloat16.")
+        least = 16 * self.memories
+        if min(self.contexts) < least:
+            raise ConfigError(
+                f"context: at least 16 tokens for each of the {self.memories} memories ({least})."
+            )
 
 
 Run = Callable[[], tuple[float, int]]

@@ -41,7 +41,7 @@ def main(model: str = "smollm2") -> list[str]:
     record = KVRecord(k, v, memory, identity="mine", left=ids_digest(head))
 
     answers = []
-    for question in ("What is the code of the box?", "Where does the key hang?"):
+    for question in ("What is the code of the box?", "What colour is the box?"):
         tail = ids(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
         request = engine.add_request(
             [TextSpan(head), KVSpan(record), TextSpan(tail)],

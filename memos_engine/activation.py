@@ -6,6 +6,7 @@ a `Miss` with its reason; the memory then goes in as text and the answer is righ
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ class ActivationMemory:
         self.store = store
         self.host_bytes = host_bytes
         self._host: OrderedDict[str, KVRecord] = OrderedDict()
+        self._lock = threading.Lock()
         self._anchor: tuple[Weights, KVSpan] | None = None
 
     def anchor(self) -> KVSpan:
@@ -76,13 +78,14 @@ class ActivationMemory:
         key = identity.digest()
         blob = self.store.find_kv(principal, cube.id, key)
         if blob is None:
-            self._host.pop(key, None)
+            self._take(key)
             if self.store.kv_identities(principal, cube.id):
                 return Miss("its stored KV belongs to another model, dtype, template or wording")
             return Miss("no KV stored yet")
-        if key in self._host:
-            self._host.move_to_end(key)
-            return self._host[key]
+        resident = self._take(key)
+        if resident is not None:
+            self._keep(key, resident)
+            return resident
         try:
             record = decode_record(self.store.vault.read(blob), identity)
         except PayloadError as error:
@@ -106,11 +109,17 @@ class ActivationMemory:
 
     def evict(self) -> None:
         """Empties the host tier."""
-        self._host.clear()
+        with self._lock:
+            self._host.clear()
+
+    def _take(self, key: str) -> KVRecord | None:
+        with self._lock:
+            return self._host.pop(key, None)
 
     def _keep(self, key: str, record: KVRecord) -> None:
         if record.nbytes > self.host_bytes:
             return
-        self._host[key] = record
-        while sum(r.nbytes for r in self._host.values()) > self.host_bytes:
-            self._host.popitem(last=False)
+        with self._lock:
+            self._host[key] = record
+            while sum(r.nbytes for r in self._host.values()) > self.host_bytes:
+                self._host.popitem(last=False)

@@ -14,6 +14,7 @@ import torch
 from memos_engine.activation import ActivationMemory, Miss
 from memos_engine.config import SYSTEM_PROMPT, DecoderConfig, MemoryConfig, SamplingParams
 from memos_engine.decoder.engine import DecoderEngine, StepOutput
+from memos_engine.decoder.live import LiveWeights
 from memos_engine.decoder.record import KVRecord
 from memos_engine.decoder.sequence import KVSpan, Span, Stats, TextSpan
 from memos_engine.decoder.spec import ModelSpec
@@ -21,6 +22,7 @@ from memos_engine.decoder.weights import Weights
 from memos_engine.errors import (
     ContextLengthError,
     MemoryNotFoundError,
+    MemosEngineError,
     OutOfPagesError,
     StoreError,
 )
@@ -60,6 +62,7 @@ class MemoryEngine:
         self.scheduler = MemScheduler()
         self.eos_token_ids = tuple(eos_token_ids)
         self.activation: ActivationMemory | None = None
+        self.live: LiveWeights | None = None
         self._embedder = embedder
         self._operator: MemOperator | None = None
         if store is not None:
@@ -121,7 +124,7 @@ class MemoryEngine:
         eos = model.generation_config.eos_token_id if model.generation_config else None
         opened = None if store is None else MemoryStore.open(store)
         try:
-            return cls(
+            made = cls(
                 engine,
                 tokenizer,
                 opened,
@@ -129,6 +132,8 @@ class MemoryEngine:
                 memory=memory,
                 eos_token_ids=_as_tuple(eos) or _as_tuple(tokenizer.eos_token_id),
             )
+            made.live = LiveWeights(model)
+            return made
         except BaseException:
             if opened is not None:
                 opened.close()
@@ -149,6 +154,11 @@ class MemoryEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def refresh(self) -> None:
+        """Follows a live model whose weights have changed. Every request and every build begins with it."""
+        if self.live is not None:
+            self.live.refresh(self.decoder)
 
     def ready(self) -> MemoryEngine:
         """Does now what the first request would otherwise wait for; returns the engine.
@@ -202,6 +212,7 @@ class MemoryEngine:
         tokens the caller may want, for which memories leave room (up to a quarter of the window).
         """
         start = time.perf_counter()
+        self.refresh()
         form = form or self.config.form
         limit = self.config.max_memories if max_memories is None else max_memories
         candidates: list[Candidate] = []
@@ -213,10 +224,14 @@ class MemoryEngine:
             cube = candidate.cube
             texts[cube.id] = self.layout.memory(cube.body or "")
             wanted = form != "text" and candidate.score >= self.config.min_score
-            found = self._record(principal, cube) if wanted else Miss("no KV was looked for")
+            try:
+                found = self._record(principal, cube) if wanted else Miss("no KV was looked for")
+            except MemoryNotFoundError:  # deleted since it was found
+                continue
             if isinstance(found, KVRecord):
                 records[cube.id] = found
-            inputs.append(PlanInput(cube.id, candidate.score, len(texts[cube.id]), _availability(found)))
+            available = _availability(found, exact=head == self.layout.anchor)
+            inputs.append(PlanInput(cube.id, candidate.score, len(texts[cube.id]), available))
         fetched = time.perf_counter()
         fits = min(self.decoder.spec.max_positions, self.decoder.pool_tokens) - 1
         window = fits - len(head) - len(tail)
@@ -251,8 +266,11 @@ class MemoryEngine:
         spans: list[Span] = []
         spliced = any(segment.form == "kv" for segment in plan.segments)
         if self.activation is not None and spliced and anchor and head[: len(anchor)] == anchor:
-            spans.append(self.activation.anchor())
-            head = head[len(anchor) :]
+            try:
+                spans.append(self.activation.anchor())
+                head = head[len(anchor) :]
+            except OutOfPagesError:
+                log.debug("no free pages to encode the anchor in; it is computed with the prompt")
         if head:
             spans.append(TextSpan(head))
         return spans
@@ -279,7 +297,10 @@ class MemoryEngine:
         """Off the request's path: records use, and builds the KV of memories that had to enter as text."""
         if self.store is None or not prepared.plan.segments:
             return
-        self.store.record_use(prepared.principal, [s.cube_id for s in prepared.plan.segments])
+        try:
+            self.store.record_use(prepared.principal, [s.cube_id for s in prepared.plan.segments])
+        except MemosEngineError as error:
+            log.warning("memos_engine: the use of memories was not recorded: %s", error)
         if self.config.build and self.activation is not None:
             for segment in prepared.plan.segments:
                 if segment.form == "text":
@@ -289,15 +310,16 @@ class MemoryEngine:
         """Builds a record when nobody waits for it: the answer is out, so a failure is only logged."""
         assert self.activation is not None
         try:
+            self.refresh()
             self.activation.build(principal, cube)
-        except (MemoryNotFoundError, StoreError, OutOfPagesError) as error:
+        except MemosEngineError as error:
             log.warning("memos_engine: the KV of memory %s was not stored: %s", cube.id, error)
 
 
-def _availability(found: KVRecord | Miss) -> KVAvailability:
+def _availability(found: KVRecord | Miss, exact: bool) -> KVAvailability:
     if isinstance(found, Miss):
         return KVAvailability(False, reason=found.reason)
-    return KVAvailability(True, tokens=found.num_tokens, exact_in_slot0=True)
+    return KVAvailability(True, tokens=found.num_tokens, exact_in_slot0=exact)
 
 
 def _as_tuple(value: Any) -> tuple[int, ...]:

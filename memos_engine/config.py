@@ -80,6 +80,8 @@ class SamplingParams:
             f"temperature={self.temperature}: must be 0 (greedy) or positive.",
         )
         _require(self.top_k >= 0, f"top_k={self.top_k}: must be 0 (off) or positive.")
+        fits = self.seed is None or -(2**63) <= self.seed < 2**63
+        _require(fits, f"seed={self.seed}: must fit into 64 bits.")
         _require(0 < self.top_p <= 1, f"top_p={self.top_p}: must be in (0, 1].")
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +54,7 @@ class PromptLayout:
     def __init__(self, tokenizer: Any, system_prompt: str | None = None) -> None:
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
+        self._lock = threading.Lock()
         try:
             pieces = self._pieces()
         except ModelError:
@@ -67,6 +69,11 @@ class PromptLayout:
     def anchor(self) -> tuple[int, ...]:
         """The template's opening with the system prompt: what every stored span was encoded behind."""
         return self._ids(self._anchor)
+
+    @cached_property
+    def turn_open(self) -> tuple[int, ...]:
+        """What opens the user's turn; empty where memories are not turns of their own."""
+        return self._ids(self._memory[0])
 
     @cached_property
     def turn_close(self) -> tuple[int, ...]:
@@ -121,6 +128,8 @@ class PromptLayout:
             between = _cut(_cut(self._render([("user", _A), ("user", _B)], generate=False), _A)[1], _B)[0]
         except ModelError:
             between = ""
+        if self.system_prompt and self.system_prompt in middle + answer_close_open + prompted:
+            raise ModelError("The chat template repeats the system prompt in later turns.")
         if between.startswith(close) and before.endswith(between[len(close) :]) and between != close:
             opening = between[len(close) :]
             anchor = before[: len(before) - len(opening)]
@@ -144,11 +153,16 @@ class PromptLayout:
         return (*self._ids(wrapper[0]), *self._content(text.strip()), *self._ids(wrapper[1]))
 
     def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
+        return self._tokens(text, False) if text else ()
 
     def _content(self, text: str) -> tuple[int, ...]:
         """Text from outside: a special token spelled out in it stays text and cannot end a turn."""
-        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        return self._tokens(text, True)
+
+    def _tokens(self, text: str, split: bool) -> tuple[int, ...]:
+        with self._lock:  # split_special_tokens is a state of the tokenizer
+            out = self.tokenizer(text, add_special_tokens=False, split_special_tokens=split)
+        return tuple(out["input_ids"])
 
 
 def _cut(text: str, marker: str) -> tuple[str, str]:

@@ -60,6 +60,14 @@ class TextStream:
             return
         self.ids.append(out.token)
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd") and len(text) > self.shown:
+        if not text.endswith("\ufffd"):
+            self._show(text)
+
+    def close(self) -> None:
+        """Shows what was held back, when no further token can complete it."""
+        self._show(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+
+    def _show(self, text: str) -> None:
+        if len(text) > self.shown:
             self.write(text[self.shown :])
             self.shown = len(text)

@@ -76,6 +76,7 @@ class UserMemory:
         activation = self.engine.activation
         if activation is None:
             raise StoreError("This engine has no store; there is nothing to build.")
+        self.engine.refresh()
         store = self.engine.opened_store
         ids = [c.id for c in self.memories()] if cube_ids is None else list(cube_ids)
         built = 0
@@ -118,6 +119,8 @@ class UserMemory:
         preparation_ms = (time.perf_counter() - start) * 1e3
         writer = None if stream is None else TextStream(engine.tokenizer, params.stop_token_ids, stream)
         ids, stats, reason = engine.run(prepared, params, writer)
+        if writer is not None:
+            writer.close()
         reply = Reply(
             text=engine.tokenizer.decode(ids, skip_special_tokens=True).strip(),
             token_ids=tuple(ids),

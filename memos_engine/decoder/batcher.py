@@ -50,22 +50,18 @@ class Batcher:
             return None
         seq = self.waiting.popleft()
         page = self.pool.page
-        seq.keys = chain_keys(seq.root, seq.tokens[: seq.exact], page)
-        matched = self.pool.match(seq.keys)
+        seq.epoch = self.pool.epoch
+        keys = chain_keys(seq.root, seq.tokens[: seq.exact], page)
+        seq.blocks = self.pool.match(keys)  # held by the request: drop() returns them
         copies: list[tuple[int, int]] = []
-        reused = len(matched) * page
-        try:
-            if reused >= seq.prompt_len:  # the last token must run to give logits: its page becomes ours
-                fresh = self.pool.writable(matched[-1])
-                if fresh != matched[-1]:
-                    copies.append((matched[-1], fresh))
-                matched[-1] = fresh
-                reused = seq.prompt_len - 1
-            need = -(-seq.prompt_len // page) - len(matched)
-            seq.blocks = matched + self.pool.allocate(need)
-        except OutOfPagesError:
-            self.pool.release(matched)
-            raise
+        reused = len(seq.blocks) * page
+        if reused >= seq.prompt_len:  # the last token must run to give logits: its page becomes ours
+            shared = seq.blocks[-1]
+            seq.blocks[-1] = self.pool.writable(shared)
+            if seq.blocks[-1] != shared:
+                copies.append((shared, seq.blocks[-1]))
+            reused = seq.prompt_len - 1
+        seq.blocks += self.pool.allocate(-(-seq.prompt_len // page) - len(seq.blocks))
         splices = seq.layout(reused)
         seq.stats.prefix_tokens = reused
         seq.stats.spliced_tokens = sum(s.record.num_tokens - s.skip for s in splices)
@@ -86,6 +82,8 @@ class Batcher:
     def finish(self, seq: Sequence, computed: int) -> None:
         """Publishes what is exact among the first `computed` tokens and returns the pages."""
         limit = computed if seq.fully_exact else min(seq.exact, computed)
+        if seq.epoch != self.pool.epoch:
+            limit = 0
         for block, key in zip(
             seq.blocks, chain_keys(seq.root, seq.tokens[:limit], self.pool.page), strict=False
         ):
@@ -94,8 +92,8 @@ class Batcher:
 
     def drop(self, seq: Sequence) -> None:
         """Returns all pages of a request, publishing nothing more."""
-        self.pool.release(seq.blocks)
-        seq.blocks = []
+        blocks, seq.blocks = seq.blocks, []
+        self.pool.release(blocks)
         if self.running is seq:
             self.running = None
         elif seq in self.waiting:

@@ -41,6 +41,7 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # refs == 0, still published; oldest first
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
+        self.epoch = 0  # pages of requests admitted before the last `forget` are not published
 
     @property
     def available(self) -> int:
@@ -115,6 +116,7 @@ class BlockPool:
 
     def forget(self) -> None:
         """Empties the prefix index (weights changed, say); held blocks stay with their holders."""
+        self.epoch += 1
         for block in list(self._key_of):
             self._unpublish(block)
         self._free.extend(self._cached)

@@ -73,8 +73,9 @@ class DecoderEngine:
                 raise MemoryInputError(f"A token id is outside the model's vocabulary of {vocab}.")
         seq = Sequence(spans, params or SamplingParams(), root)
         with self._lock:
+            sampler = Sampler(seq.params, self.runner.device)
             self.batcher.add(seq)
-            self._samplers[seq.id] = Sampler(seq.params, self.runner.device)
+            self._samplers[seq.id] = sampler
         return seq
 
     def step(self) -> StepOutput | None:
@@ -123,12 +124,11 @@ class DecoderEngine:
         self.abort(seq)
 
     def abort(self, seq: Sequence) -> None:
-        """Ends a request now and returns its pages."""
+        """Ends a request now, if it has not ended, and returns its pages. Safe to repeat."""
         with self._lock:
-            if seq.finish_reason is None:
-                seq.finish_reason = "abort"
-                self._samplers.pop(seq.id, None)
-                self.batcher.drop(seq)
+            seq.finish_reason = seq.finish_reason or "abort"
+            self._samplers.pop(seq.id, None)
+            self.batcher.drop(seq)
 
     # -- records ---------------------------------------------------------------------------------
 
@@ -210,6 +210,12 @@ class DecoderEngine:
 
     def _longest(self) -> int:
         return min(self.spec.max_positions, self.pool_tokens)
+
+    def use_weights(self, weights: Weights) -> None:
+        """Exchanges the weights between two steps; pages made with the old ones are not reused."""
+        with self._lock:
+            self.runner.model.weights = weights
+            self.pool.forget()
 
     def forget_prefixes(self) -> None:
         """Drops all reusable pages: the weights changed, or an owner's memories must go."""

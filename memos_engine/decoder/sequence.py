@@ -81,7 +81,7 @@ class Sequence:
         self.exact = self._exact_length()
         self.blocks: list[int] = []
         self.pending: list[int] = []
-        self.keys: list[bytes] = []
+        self.epoch = 0
         self.finish_reason: str | None = None  # stop, length or abort
         self.error: BaseException | None = None
         self.stats = Stats()

@@ -15,8 +15,7 @@ from torch import Tensor
 from memos_engine.api import MemoryEngine
 from memos_engine.config import DecoderConfig, MemoryConfig, SamplingParams
 from memos_engine.decoder.sequence import TextSpan
-from memos_engine.decoder.weights import Weights
-from memos_engine.errors import MemoryInputError, ModelError
+from memos_engine.errors import ContextLengthError, MemoryInputError, ModelError
 from memos_engine.memory.governance import Principal
 
 log = logging.getLogger("memos_engine")
@@ -91,27 +90,31 @@ class _Attached:
         self.model, self.engine, self.user = model, engine, user
         self.original = model.generate
         self.reason = reason
-        self.fingerprint = _fingerprint(model)
 
-    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: Any = None, *positional: Any, **kwargs: Any
+    ) -> Any:
         user = kwargs.pop("user", self.user)
         query = kwargs.pop("memory_query", None)
         form = kwargs.pop("memory_form", None)
         given = dict(kwargs)
+        twice = inputs is not None and kwargs.get("input_ids") is not None
         ids = kwargs.pop("input_ids", inputs)
         mask = kwargs.pop("attention_mask", None)
         config = self._settings(generation_config, kwargs)
         reason = self.reason or self._cannot(ids, mask, config, kwargs)
+        if any(value is not None for value in positional) or twice:
+            reason = "it has further positional arguments, or both inputs and input_ids"
         if reason is not None or self.engine is None:
             log.warning("memos_engine: this call runs in the model's own generate(): %s.", reason)
-            return self.original(inputs, generation_config, **given)
+            return self.original(inputs, generation_config, *positional, **given)
         if self.engine.store is not None and user is None:
             raise MemoryInputError("The model is attached to a store: name a user, generate(..., user=...).")
-        self._follow_weights()
+        self.engine.refresh()
         assert isinstance(ids, Tensor)
         prompt = [int(t) for t in ids[0].tolist()]
         new = self._decode(self.engine, prompt, config, user, query, form)
-        return torch.cat([ids, torch.tensor([new], dtype=ids.dtype, device=ids.device)], dim=1)
+        return torch.cat([ids.long(), torch.tensor([new], device=ids.device)], dim=1)
 
     # -- one call --------------------------------------------------------------------------------
 
@@ -132,9 +135,15 @@ class _Attached:
         head = tuple(prompt[:cut]) if cut else engine.layout.anchor
         tail = tuple(prompt[cut:])
         text = query or engine.tokenizer.decode(tail, skip_special_tokens=True)
-        prepared = engine.prepare(
-            Principal("default", user), text, head, tail, form=form, answer=params.max_new_tokens
-        )
+        try:
+            prepared = engine.prepare(
+                Principal("default", user), text, head, tail, form=form, answer=params.max_new_tokens
+            )
+        except (MemoryInputError, ContextLengthError) as error:
+            if query is not None:
+                raise
+            log.warning("memos_engine: no memory enters this prompt: %s", error)
+            return [out.token for out in engine.decoder.generate([TextSpan(tuple(prompt))], params)]
         if not prepared.plan.segments:  # no memory entered: the prompt is the caller's own, to the token
             prepared.spans[:] = [TextSpan(tuple(prompt))]
         new: list[int] = []
@@ -149,11 +158,14 @@ class _Attached:
         settings = {**own, **{k: v for k, v in base.to_dict().items() if v is not None}}
         for name in list(kwargs):
             if name in settings or name in _HANDLED or name in _NEUTRAL:
-                settings[name] = kwargs.pop(name)
+                value = kwargs.pop(name)
+                settings[name] = 0 if name == "top_k" and value is None else value  # None: no top-k at all
         return settings
 
     def _cannot(self, ids: Any, mask: Any, config: dict[str, Any], rest: dict[str, Any]) -> str | None:
         """Why the decoder here cannot run this call, or None."""
+        if self.model.training:
+            return "the model is in training mode; call model.eval()"
         if not isinstance(ids, Tensor) or ids.dim() != 2:
             return "no input_ids were given"
         if ids.shape[0] != 1:
@@ -179,52 +191,49 @@ class _Attached:
         longest = config.get("max_length")
         if config.get("max_new_tokens") is None and longest is not None and longest <= ids.shape[1]:
             return f"max_length={longest} leaves no room behind {ids.shape[1]} prompt tokens"
+        if config.get("do_sample") and not (
+            _given(config, "temperature", 1.0) > 0 and 0 < _given(config, "top_p", 1.0) <= 1
+        ):
+            return "temperature or top_p out of range"
+        assert self.engine is not None
+        room = min(self.engine.decoder.spec.max_positions, self.engine.decoder.pool_tokens)
+        need = ids.shape[1] + _limit(config, ids.shape[1])
+        if need > room:
+            return f"prompt and answer need {need} tokens, the KV pool here holds {room} (pool_tokens)"
         if config.get("use_cache") is False:
             return "use_cache=False"
         return None
 
-    def _follow_weights(self) -> None:
-        """A live model can change under us: then its tensors are taken anew and nothing old is reused."""
-        assert self.engine is not None
-        fingerprint = _fingerprint(self.model)
-        if fingerprint == self.fingerprint:
-            return
-        decoder = self.engine.decoder
-        weights = Weights.from_model(self.model, decoder.spec)
-        if weights.dtype != decoder.runner.cache.k.dtype or weights.device != decoder.runner.device:
-            raise ModelError("The model's dtype or device changed after attach(); call attach() again.")
-        self.fingerprint = fingerprint
-        decoder.runner.model.weights = weights
-        decoder.forget_prefixes()
+
+def _given(config: dict[str, Any], name: str, default: Any) -> Any:
+    value = config.get(name)
+    return default if value is None else value
 
 
-def _fingerprint(model: Any) -> list[tuple[int, int, int]]:
-    """Object, address and version counter of every parameter: what any change of weights changes."""
-    return [(id(p), p.data_ptr(), p._version) for p in model.parameters()]
+def _limit(config: dict[str, Any], prompt_len: int) -> int:
+    """New tokens the call may make."""
+    limit = config.get("max_new_tokens")
+    if limit is None:
+        limit = max(1, int(_given(config, "max_length", 20 + prompt_len)) - prompt_len)
+    return int(limit)
 
 
 def _sampling(config: dict[str, Any], prompt_len: int) -> SamplingParams:
-    def setting(name: str, default: Any) -> Any:
-        value = config.get(name)
-        return default if value is None else value
-
-    limit = config.get("max_new_tokens")
-    if limit is None:
-        limit = max(1, int(setting("max_length", 20 + prompt_len)) - prompt_len)
-    stops = _stops(config)
-    if not setting("do_sample", False):
-        return SamplingParams(max_new_tokens=int(limit), stop_token_ids=stops)
+    limit, stops = _limit(config, prompt_len), _stops(config)
+    if not _given(config, "do_sample", False):
+        return SamplingParams(max_new_tokens=limit, stop_token_ids=stops)
     return SamplingParams(
-        max_new_tokens=int(limit),
-        temperature=float(setting("temperature", 1.0)),
-        top_k=int(setting("top_k", 50)),
-        top_p=float(setting("top_p", 1.0)),
+        max_new_tokens=limit,
+        temperature=float(_given(config, "temperature", 1.0)),
+        top_k=int(_given(config, "top_k", 50)),
+        top_p=float(_given(config, "top_p", 1.0)),
         stop_token_ids=stops,
     )
 
 
 def _stops(config: dict[str, Any]) -> tuple[int, ...]:
     eos = config.get("eos_token_id")
+    eos = eos.tolist() if isinstance(eos, Tensor) else eos
     return () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
 
 
@@ -236,9 +245,12 @@ def _memory_place(prompt: list[int], engine: MemoryEngine) -> int:
     anchor = list(engine.layout.anchor)
     if anchor and prompt[: len(anchor)] == anchor and len(prompt) > len(anchor):
         return len(anchor)
-    closing = list(engine.layout.turn_close)
-    if closing and prompt[:2] == anchor[:2]:
-        for start in range(2, len(prompt) - len(closing)):
+    opening, closing = list(engine.layout.turn_open), list(engine.layout.turn_close)
+    size = len(opening)
+    starts_with_user = opening in (prompt[:size], prompt[1 : 1 + size])  # without or with BOS
+    if opening and closing and not starts_with_user:
+        for start in range(1, len(prompt) - len(closing)):
             if prompt[start : start + len(closing)] == closing:
-                return start + len(closing)
+                cut = start + len(closing)
+                return cut if prompt[cut : cut + size] == opening else 0
     return 0

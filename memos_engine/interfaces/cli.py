@@ -5,15 +5,16 @@ from __future__ import annotations
 import getpass
 import os
 import sys
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.text import Text
 
 from memos_engine import __version__
-from memos_engine.errors import MemosEngineError
+from memos_engine.errors import ContextLengthError, MemoryInputError, MemosEngineError, NotAStoreError
 from memos_engine.interfaces.cli_bench import bench_app
 from memos_engine.interfaces.options import (
     DtypeOption,
@@ -24,6 +25,7 @@ from memos_engine.interfaces.options import (
     console,
     emit,
     notes,
+    show_table,
 )
 
 app = typer.Typer(
@@ -40,7 +42,21 @@ DEFAULT_STORE = Path("memory")
 
 
 def _user(name: str | None) -> str:
-    return name or getpass.getuser()
+    return getpass.getuser() if name is None else name
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise MemoryInputError(f"standard input is not UTF-8 ({error.reason}); convert it first.") from error
+
+
+def _existing(store: Path) -> Path:
+    """For commands that only look: a mistyped directory is an error, not a new store."""
+    if not store.exists():
+        raise NotAStoreError(f"there is no store at {store}; name one with --store, or remember something.")
+    return store
 
 
 def _engine(model: str, store: Path | None, dtype: str = "auto", **memory: Any) -> Any:
@@ -63,13 +79,13 @@ def remember(
     as_json: JsonOption = False,
 ) -> None:
     """Store a memory."""
-    text = sys.stdin.read() if text == "-" else text
+    text = _standard_input() if text == "-" else text
     with _engine(model, store) as engine:
         cube = engine.user(_user(user)).remember(text, tags=tag or ())
     if as_json:
         emit(cube.to_dict())
     else:
-        console.print(f"Remembered as [bold]{cube.id}[/bold].")
+        console.print(f"Remembered as {cube.id}.")
 
 
 @app.command()
@@ -82,7 +98,7 @@ def recall(
     as_json: JsonOption = False,
 ) -> None:
     """Show the memories nearest to a query."""
-    with _engine(model, store) as engine:
+    with _engine(model, _existing(store)) as engine:
         found = engine.user(_user(user)).recall(query, k=k)
     if as_json:
         emit([{"score": round(c.score, 4), **c.cube.to_dict()} for c in found])
@@ -109,7 +125,7 @@ def forget(
         raise typer.BadParameter("use archive, delete or erase", param_hint="--how")
     if (text is None) == (not id_):
         raise typer.BadParameter("give either TEXT, to see what matches, or --id, to act")
-    with _engine(model, store) as engine:
+    with _engine(model, _existing(store)) as engine:
         person = engine.user(_user(user))
         if text is not None:
             found = person.recall(text)
@@ -121,6 +137,8 @@ def forget(
                     "Nothing was changed. Act with: memos-engine forget --id ID --how archive|delete|erase"
                 )
             return
+        for cube_id in id_ or ():
+            person.history(cube_id)  # all of them exist, or nothing is done
         for cube_id in id_ or ():
             getattr(person, how)(cube_id)
     past = {"archive": "archived", "delete": "deleted", "erase": "erased"}[how]
@@ -139,17 +157,15 @@ def history(
     as_json: JsonOption = False,
 ) -> None:
     """Show what happened to a memory."""
-    with _engine(model, store) as engine:
+    with _engine(model, _existing(store)) as engine:
         entries = engine.user(_user(user)).history(cube_id)
     if as_json:
         emit([asdict(entry) for entry in entries])
         return
-    table = Table("when", "event", "version", "state", "text")
-    for e in entries:
-        table.add_row(
-            f"{e.at:%Y-%m-%d %H:%M:%S}", e.event, str(e.version), str(e.state), e.text or "(erased)"
-        )
-    console.print(table)
+    show_table(
+        ["when", "event", "version", "state", "text"],
+        [(f"{e.at:%Y-%m-%d %H:%M:%S}", e.event, e.version, e.state, e.text or "(erased)") for e in entries],
+    )
 
 
 @app.command()
@@ -166,7 +182,7 @@ def chat(
     seed: Annotated[int | None, typer.Option()] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Talk to the model; it answers from your memories."""
+    """Talk to the model; it answers from your memories. With --json, one line of JSON per answer."""
     from memos_engine.config import SamplingParams
 
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
@@ -176,17 +192,19 @@ def chat(
         if question is not None:
             _answer(person, question, params, (), as_json)
             return
-        notes.print(
-            "Type a message; [bold]/remember TEXT[/bold] stores a memory, an empty line ends.", style="dim"
-        )
+        notes.print("Type a message; /remember TEXT stores a memory, an empty line ends.", style="dim")
         turns: list[tuple[str, str]] = []
         while line := _ask():
-            if line.startswith("/remember "):
-                notes.print(
-                    f"Remembered as {person.remember(line.removeprefix('/remember ')).id}.", style="dim"
-                )
-                continue
-            turns.append((line, _answer(person, line, params, tuple(turns[-3:]), as_json)))
+            try:
+                if line.startswith("/remember"):
+                    cube = person.remember(line.removeprefix("/remember").strip())
+                    notes.print(f"Remembered as {cube.id}.", style="dim")
+                else:
+                    turns.append((line, _answer(person, line, params, tuple(turns[-3:]), as_json)))
+            except (MemoryInputError, ContextLengthError) as error:
+                if not sys.stdin.isatty():
+                    raise
+                notes.print(Text.assemble(("error: ", "bold red"), str(error)))
 
 
 def _ask() -> str:
@@ -225,11 +243,11 @@ def _memories_table(rows: list[tuple[Any, float]]) -> None:
     if not rows:
         console.print("No memory matches.")
         return
-    table = Table("id", "score", "state", "text")
-    for cube, score in rows:
-        text = cube.body if len(cube.body) <= 160 else cube.body[:157] + "..."
-        table.add_row(cube.id, f"{score:.2f}", cube.state, text)
-    console.print(table)
+    short = [(cube, score, textwrap.shorten(cube.body, 160, placeholder="...")) for cube, score in rows]
+    show_table(
+        ["id", "score", "state", "text"],
+        [(cube.id, f"{score:.2f}", cube.state, text) for cube, score, text in short],
+    )
 
 
 # -- models, doctor, demo, bench -----------------------------------------------------------------
@@ -257,20 +275,23 @@ def models_list(as_json: JsonOption = False) -> None:
     if as_json:
         emit([{"name": m.name, "path": str(m.path), "bytes": m.bytes, "complete": m.complete} for m in found])
         return
-    table = Table("name", "MB", "complete", "path")
-    for m in found:
-        table.add_row(m.name, f"{m.bytes / 1e6:.0f}", "yes" if m.complete else "no", str(m.path))
-    console.print(table)
+    show_table(
+        ["name", "MB", "complete", "path"],
+        [(m.name, f"{m.bytes / 1e6:.0f}", "yes" if m.complete else "no", m.path) for m in found],
+    )
 
 
 @models_app.command("verify")
-def models_verify(source: str) -> None:
+def models_verify(source: str, as_json: JsonOption = False) -> None:
     """Hash every file of a pulled model again."""
     from memos_engine.models import resolve, verify
 
     path = resolve(source)
-    verify(path)
-    console.print(f"{source}: every file in {path} matches its checksum.")
+    verify(path, progress=not as_json)
+    if as_json:
+        emit({"source": source, "path": str(path), "sound": True})
+    else:
+        console.print(f"{source}: every file in {path} matches its checksum.")
 
 
 @app.command()
@@ -319,10 +340,10 @@ def main() -> None:
     """Entry point: expected errors are one line, not a traceback."""
     try:
         app()
-    except MemosEngineError as error:
+    except (MemosEngineError, OSError) as error:
         if "--json" in sys.argv:
             emit({"error": type(error).__name__, "message": str(error)})
-        notes.print(f"[bold red]error:[/bold red] {error}", highlight=False)
+        notes.print(Text.assemble(("error: ", "bold red"), str(error)))
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

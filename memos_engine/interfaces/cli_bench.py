@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from memos_engine.interfaces.options import JsonOption, ModelOption, console, emit, notes
+from memos_engine.interfaces.options import JsonOption, ModelOption, emit, notes, show_table
 
 bench_app = typer.Typer(
-    help="Measure on this machine; the last line of --json output is the result.", no_args_is_help=True
+    help="Measure on this machine; --json prints the result as one line.", no_args_is_help=True
 )
 
 
@@ -66,7 +65,4 @@ def _bench(run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool
     if as_json:
         emit(document)
         return
-    table = Table(*columns)
-    for row in document["rows"]:
-        table.add_row(*(str(row[c]) for c in columns))
-    console.print(table)
+    show_table(columns, [[row[column] for column in columns] for row in document["rows"]])

@@ -13,15 +13,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.text import Text
 
 from memos_engine.errors import MemosEngineError
+from memos_engine.interfaces.options import show_table
 
 MODES = {"none": "no memory", "text": "as text", "kv": "spliced"}
 ANSWER_TOKENS = 48
@@ -61,26 +63,20 @@ def run(store: Path | None, model: str, dtype: str, as_json: bool, console: Cons
 
 def _child(phase: str, store: Path, model: str, dtype: str) -> dict[str, Any]:
     """A phase in a process of its own; the store directory is all that passes from one to the next."""
-    code = "from memos_engine.interfaces.demo import child; child()"
-    store.mkdir(parents=True, exist_ok=True)
+    # Without the current folder on the path: in a checkout it holds `kernels`, a name others import.
+    code = "import sys; sys.path = [p for p in sys.path if p]; "
+    code += "from memos_engine.interfaces.demo import child; child()"
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            code,
-            phase,
-            str(store),
-            str(Path(model).resolve() if Path(model).exists() else model),
-            dtype,
-        ],
+        [sys.executable, "-c", code, phase, str(store), model, dtype],
         stdout=subprocess.PIPE,
         text=True,
-        cwd=store,
         check=False,
     )
-    if done.returncode != 0:
-        raise MemosEngineError(f"The demo's {phase} process ended with status {done.returncode}.")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    lines = done.stdout.splitlines()
+    if done.returncode != 0 or not lines:
+        why = lines[-1] if lines else f"it ended with status {done.returncode}."
+        raise MemosEngineError(f"The demo's {phase} process failed: {why}")
+    result: dict[str, Any] = json.loads(lines[-1])
     return result
 
 
@@ -96,7 +92,7 @@ def child() -> None:
         ) as engine:
             print(json.dumps({"remember": _remember, "answer": _answer}[phase](engine, load_data())))
     except MemosEngineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error)  # for the parent process
         raise SystemExit(1) from None
 
 
@@ -170,23 +166,18 @@ def _median_ttft(rows: list[dict[str, Any]], mode: str) -> float | None:
 def _show(result: dict[str, Any], console: Console) -> None:
     console.print(f"Process {result['answering_pid']} opens the store and answers ({result['dtype']}).\n")
     for row in result["questions"]:
-        console.print(f"[bold]{row['user']}[/bold]: {row['question']}", highlight=False)
+        console.print(f"{row['user']}: {row['question']}", style="bold")
         for mode, label in MODES.items():
             cell = row["modes"][mode]
-            mark = "[green]right[/green]" if cell["right"] else "[red]wrong[/red]"
-            text = " ".join(cell["answer"].split())
-            text = text if len(text) <= 110 else text[:107] + "..."
+            text = textwrap.shorten(cell["answer"], 110, placeholder="...")
             forms = f", {len(cell['forms'])} memories" if cell["forms"] else ""
-            console.print(f"  {label:<9} {mark} {cell['ttft_ms']:6.0f} ms  ", end="", highlight=False)
-            console.print(f"{text}  ({cell['prompt_tokens']} tokens{forms})", markup=False, highlight=False)
-    table = Table("", "right answers", "first token (median)", "with the document", title="Ten questions")
+            mark = ("right", "green") if cell["right"] else ("wrong", "red")
+            rest = f" {cell['ttft_ms']:6.0f} ms  {text}  ({cell['prompt_tokens']} tokens{forms})"
+            console.print(Text.assemble(f"  {label:<9} ", mark, rest))
+    rows = []
     for mode, label in MODES.items():
         s = result["summary"][mode]
-        table.add_row(
-            label,
-            f"{s['right']} of {s['of']}",
-            f"{s['ttft_ms_p50']:.0f} ms",
-            f"{s['ttft_ms_p50_long']:.0f} ms",
-        )
-    console.print(table)
+        right = f"{s['right']} of {s['of']}"
+        rows.append((label, right, f"{s['ttft_ms_p50']:.0f} ms", f"{s['ttft_ms_p50_long']:.0f} ms"))
+    show_table(["", "right answers", "first token (median)", "with the document"], rows, "Ten questions")
     console.print(f"Memories of another user that entered a prompt: {result['foreign_memories']}.")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from memos_engine import __version__
+from memos_engine.interfaces.options import show_table
 
 
 def examine(store: Path | None) -> dict[str, Any]:
@@ -50,11 +50,10 @@ def show(report: dict[str, Any], console: Console) -> None:
         f"{packages}; {report['cores']} cores, {report['threads']} threads, GPU: {report['gpu'] or 'none'}"
     )
     console.print(f"default dtype here: {report['default_dtype']}")
-    table = Table("op", "path")
-    for op, path in report["ops"].items():
-        shown = ", ".join(f"{k}: {v}" for k, v in path.items()) if isinstance(path, dict) else str(path)
-        table.add_row(op, shown)
-    console.print(table)
+    show_table(
+        ["op", "path"],
+        [(op, ", ".join(f"{k}: {v}" for k, v in path.items())) for op, path in report["ops"].items()],
+    )
     if not report["models"]:
         console.print("No model yet: memos-engine models pull smollm2")
     for model in report["models"]:
@@ -81,6 +80,6 @@ def _store(path: Path) -> dict[str, Any]:
     from memos_engine.memory.store import MemoryStore
 
     if not (path / "memory.db").exists():
-        raise NotAStoreError(f"{path} is not a memos_engine store.")
+        raise NotAStoreError(f"{path} is not a memos_engine store; name the directory that holds memory.db.")
     with MemoryStore.open(path) as store:
         return {"path": str(path), "audited": store.audit_verify(), "sound": store.scrub(), **store.stats()}

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-console = Console()
-notes = Console(stderr=True)
+# What users and stores say is never read as markup; lines stay whole for those who copy or parse them.
+console = Console(markup=False, highlight=False, soft_wrap=True)
+notes = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 StoreOption = Annotated[
     Path, typer.Option("--store", envvar="MEMOS_ENGINE_STORE", help="Store directory (made if missing).")
@@ -25,6 +29,14 @@ ModelOption = Annotated[
 ]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, or auto: what this machine is fast at.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
+    """Prints a table; cells are plain text, whatever brackets they hold."""
+    table = Table(*columns, title=title)
+    for cells in rows:
+        table.add_row(*(Text(str(cell)) for cell in cells))
+    console.print(table, soft_wrap=False)
 
 
 def emit(data: Any) -> None:

@@ -113,6 +113,33 @@ def test_an_error_reaches_only_the_request_it_belongs_to(engine, random_ids):
     assert good.error is None
 
 
+def test_forgetting_prefixes_holds_for_requests_under_way(engine, random_ids):
+    ids = random_ids(50)
+    stream = engine.generate([TextSpan(ids)], SamplingParams(max_new_tokens=4))
+    next(stream)
+    engine.forget_prefixes()
+    list(stream)
+    (out,) = engine.generate([TextSpan(ids)], SamplingParams(max_new_tokens=1))
+    assert out.sequence.stats.prefix_tokens == 0
+
+
+@pytest.mark.parametrize("place", ["publish", "allocate", "writable"])
+def test_an_interrupt_leaves_the_engine_sound(engine, random_ids, monkeypatch, place):
+    once = SamplingParams(max_new_tokens=1)
+    list(engine.generate([TextSpan(random_ids(32))], once))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.pool, place, interrupted)
+    with pytest.raises(KeyboardInterrupt):  # a prompt that matches cached pages first
+        list(engine.generate([TextSpan(random_ids(32))], once))
+    monkeypatch.undo()
+    engine.check_integrity()
+    assert engine.batcher.running is None
+    assert len(list(engine.generate([TextSpan(random_ids(40))], SamplingParams(max_new_tokens=3)))) == 3
+
+
 def test_an_aborted_waiting_request_never_runs(engine, random_ids):
     first = engine.add_request([TextSpan(random_ids(20, 1))], SamplingParams(max_new_tokens=2))
     second = engine.add_request([TextSpan(random_ids(20, 2))])
@@ -262,6 +289,7 @@ def test_a_live_models_parameters_are_shared(tiny_llama):
         lambda: SamplingParams(temperature=-1),
         lambda: SamplingParams(temperature=float("nan")),
         lambda: SamplingParams(top_k=-1),
+        lambda: SamplingParams(seed=2**63),
         lambda: SamplingParams(top_p=0),
         lambda: SamplingParams(top_p=1.1),
         lambda: DecoderConfig(dtype="int4"),

@@ -157,8 +157,42 @@ def test_archive_delete_erase(alice, engine):
 def test_the_answer_streams(alice):
     pieces = []
     reply = alice.chat("dog", SamplingParams(max_new_tokens=40), stream=pieces.append)
-    assert "".join(pieces).strip().startswith(reply.text[:5])
+    assert "".join(pieces).strip() == reply.text
     assert reply.ttft_ms <= reply.total_ms
+
+
+def test_a_live_models_changed_weights_reach_chat_and_records(tiny_folder, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    tokenizer, hashing = AutoTokenizer.from_pretrained(tiny_folder), HashingEmbedder(64)
+    with MemoryEngine.from_model(model, tokenizer, tmp_path / "live", embedder=hashing) as engine:
+        person = engine.user("alice")
+        person.remember(FACTS[0])
+        before = person.chat("dog", SHORT, form="none").token_ids
+        assert person.warm() == 1
+        model.model.layers[0].self_attn.v_proj.weight.data.mul_(-1.5)
+        assert person.chat("dog", SHORT, form="none").token_ids != before
+        assert person.warm() == 1, "the old record belongs to other weights"
+    with MemoryEngine.from_model(model, tokenizer, tmp_path / "live", embedder=hashing) as engine:
+        assert engine.user("alice").warm() == 0
+
+
+def test_a_reply_survives_a_store_that_fails_afterwards(alice, engine, monkeypatch):
+    def locked(*_):
+        raise StoreError("locked")
+
+    monkeypatch.setattr(engine.store, "record_use", locked)
+    monkeypatch.setattr(engine.store, "put_kv", locked)
+    assert alice.chat("dog", SHORT).text is not None
+
+
+def test_the_reason_tells_exact_from_approximate(alice):
+    alice.warm()
+    assert "exact" in alice.chat("dog", SHORT).plan.explain()[0]["reason"]
+    with_history = alice.chat("dog", SHORT, history=[("Hi", "Hello")])
+    assert "exact" not in with_history.plan.explain()[0]["reason"]
 
 
 def test_ready_changes_nothing_but_the_wait(alice, engine):

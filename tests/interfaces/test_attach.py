@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from memos_engine import MemoryConfig, MemoryEngine, attach, detach
-from memos_engine.errors import ContextLengthError, MemoryInputError, ModelError, OutOfPagesError
+from memos_engine.errors import MemoryInputError, ModelError
 from memos_engine.memory import embed
 
 
@@ -62,6 +62,8 @@ CALLS = [
     {"max_new_tokens": 12, "do_sample": True},
     {"max_new_tokens": 12, "do_sample": True, "temperature": 0.7, "top_k": 12, "top_p": 0.8},
     {"max_new_tokens": 12, "do_sample": True, "top_k": 0},
+    {"max_new_tokens": 12, "do_sample": True, "top_k": None},
+    {"max_new_tokens": 30, "eos_token_id": torch.tensor([2, 17])},
     {"generation_config": GenerationConfig(max_new_tokens=15, do_sample=True, temperature=1.3)},
     {"generation_config": GenerationConfig(max_new_tokens=15, do_sample=True), "max_new_tokens": 4},
 ]
@@ -147,13 +149,20 @@ def test_changed_weights_are_followed(model, tokenizer):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.normal_(std=0.5)
     after = model.generate(**inputs, max_new_tokens=10, do_sample=False)
+    model.model.layers[1].self_attn.v_proj.weight.data.mul_(-1.5)  # no counter changes
+    merged = model.generate(**inputs, max_new_tokens=10, do_sample=False)
+    expected = detach(model).generate(**inputs, max_new_tokens=10, do_sample=False)
+    assert torch.equal(merged, expected)
+    attach(model, tokenizer)
+    model.generate(**inputs, max_new_tokens=2)
     model.model.norm.weight = torch.nn.Parameter(torch.linspace(-1, 2, 48))  # another object
     replaced = model.generate(**inputs, max_new_tokens=10, do_sample=False)
     detach(model)
     assert torch.equal(replaced, model.generate(**inputs, max_new_tokens=10, do_sample=False))
     model.model.norm.weight = torch.nn.Parameter(torch.ones(48))
-    assert torch.equal(after, model.generate(**inputs, max_new_tokens=10, do_sample=False))
+    assert torch.equal(expected, model.generate(**inputs, max_new_tokens=10, do_sample=False))
     assert not torch.equal(before, after)
+    assert not torch.equal(after, merged)
 
 
 def test_a_changed_dtype_is_said(model, tokenizer):
@@ -163,10 +172,11 @@ def test_a_changed_dtype_is_said(model, tokenizer):
         model.generate(**prompt(tokenizer), max_new_tokens=2)
 
 
-def test_prompts_too_long_are_refused_and_the_model_stays_usable(model, tokenizer):
+def test_prompts_over_the_pool_go_to_the_models_own_generate(model, tokenizer, caplog):
     attach(model, tokenizer)
-    with pytest.raises((ContextLengthError, OutOfPagesError)):
-        model.generate(torch.full((1, 1024), 9), max_new_tokens=2)
+    with caplog.at_level(logging.WARNING, "memos_engine"):
+        assert model.generate(torch.full((1, 1024), 9), max_new_tokens=2).shape == (1, 1026)
+    assert "pool_tokens" in caplog.text
     assert model.generate(**prompt(tokenizer), max_new_tokens=2, do_sample=False).shape[1] > 2
 
 
@@ -205,6 +215,40 @@ def test_a_prompt_with_another_system_turn_takes_memories_behind_it(model, token
     assert spans[0] == "<|im_start|>system\nBe a pirate.<|im_end|>\n"
     assert spans[1].startswith("<|im_start|>user\nMy ")
     assert spans[-1].endswith("What is my dog called?<|im_end|>\n<|im_start|>assistant\n")
+
+
+LLAMA3_STYLE = (
+    "{% for m in messages %}{% if loop.first %}<|endoftext|>{% if m['role'] != 'system' %}"
+    "<|im_start|>system\nHelp.<|im_end|>{% endif %}{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_prompt_without_a_system_turn_keeps_its_question_behind_the_memories(model, tokenizer, store):
+    tokenizer.chat_template = LLAMA3_STYLE
+    attach(model, tokenizer, store, user="alice", memory=MemoryConfig(min_score=-1, build=False))
+    engine = model._memos_engine.engine
+    seen = []
+    run = engine.run
+    engine.run = lambda prepared, *rest: seen.append(prepared.spans) or run(prepared, *rest)
+    text = "<|endoftext|><|im_start|>user\nWhat is my dog?<|im_end|><|im_start|>assistant\n"
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    model.generate(ids, max_new_tokens=2)
+    assert tokenizer.decode(list(seen[0][-1].token_ids)) == text
+
+
+@pytest.mark.parametrize("prompt_ids", [[[1]], [[1, 300 % 259, 1]]])
+def test_a_prompt_that_names_nothing_still_runs(model, tokenizer, store, prompt_ids):
+    attach(model, tokenizer, store, user="alice")
+    assert model.generate(torch.tensor(prompt_ids), max_new_tokens=2).shape[1] >= len(prompt_ids[0]) + 1
+
+
+def test_training_mode_after_attach_is_respected(model, tokenizer, caplog):
+    attach(model, tokenizer)
+    model.train()
+    with caplog.at_level(logging.WARNING, "memos_engine"):
+        model.generate(**prompt(tokenizer), max_new_tokens=2)
+    assert "training mode" in caplog.text
 
 
 def test_a_bare_prompt_takes_memories_in_front(model, tokenizer, store):

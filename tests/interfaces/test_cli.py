@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
 from typer.testing import CliRunner
 
+from memos_engine.errors import MemoryNotFoundError, NotAStoreError
 from memos_engine.interfaces import cli
 from memos_engine.memory import embed
 
@@ -47,6 +49,25 @@ def test_remember_recall_history_forget():
     assert "erased" in run("history", cube["id"]).stdout
 
 
+def test_brackets_in_memories_are_shown_as_they_are():
+    cube = data("remember", "see [/foo] and [bold]x[/bold]")
+    for arguments in (("recall", "foo"), ("forget", "foo"), ("history", cube["id"])):
+        assert "[/foo]" in run(*arguments).stdout
+
+
+def test_forget_acts_on_all_ids_or_on_none():
+    cube = data("remember", "I like tea.")
+    with pytest.raises(MemoryNotFoundError):
+        run("forget", "--id", cube["id"], "--id", "nonsense")
+    assert [c["id"] for c in data("recall", "tea")] == [cube["id"]]
+
+
+def test_looking_into_a_store_that_is_not_there_makes_none(tmp_path):
+    with pytest.raises(NotAStoreError, match="no store"):
+        run("recall", "x", "--store", tmp_path / "mistyped")
+    assert not (tmp_path / "mistyped").exists()
+
+
 def test_chat_answers_and_explains():
     data("remember", "My dog is called Biscuit.")
     reply = data("chat", "What is my dog called?", "--max-new-tokens", 4, "--dtype", "float32")
@@ -83,7 +104,11 @@ def test_contradictory_arguments_are_usage_errors(arguments):
 @pytest.mark.parametrize(
     ("arguments", "kind"),
     [
-        (["recall", ""], "MemoryInputError"),
+        (["recall", "", "--store", "STORE"], "MemoryInputError"),
+        (["recall", "x", "--store", "f[/z]"], "NotAStoreError"),
+        (["chat", "x", "--seed", "99999999999999999999999"], "ConfigError"),
+        (["bench", "ttft", "--peers", "foo"], "ConfigError"),
+        (["bench", "ttft", "--context", "-5"], "ConfigError"),
         (["remember", "   "], "MemoryInputError"),
         (["forget", "--id", "nobody"], "MemoryNotFoundError"),
         (["history", "nobody"], "MemoryNotFoundError"),
@@ -93,6 +118,8 @@ def test_contradictory_arguments_are_usage_errors(arguments):
     ],
 )
 def test_expected_errors_are_one_line(arguments, kind, monkeypatch, capsys):
+    data("remember", "x")
+    arguments = [os.environ["MEMOS_ENGINE_STORE"] if a == "STORE" else a for a in arguments]
     monkeypatch.setattr(sys, "argv", ["memos-engine", *arguments, "--json"])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
