@@ -6,6 +6,7 @@ import getpass
 import os
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,20 +91,41 @@ def remember(
 
 @app.command()
 def recall(
-    query: str,
+    query: Annotated[str | None, typer.Argument(help="What to look for; without it, all memories.")] = None,
     store: StoreOption = DEFAULT_STORE,
     user: UserOption = None,
     model: ModelOption = "smollm2",
     k: Annotated[int, typer.Option("-k", help="How many.", min=1)] = 8,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the memories nearest to a query."""
+    """Show the memories nearest to a query, or all of them."""
     with _engine(model, _existing(store)) as engine:
-        found = engine.user(_user(user)).recall(query, k=k)
+        person = engine.user(_user(user))
+        if query is None:
+            rows = [(cube, None) for cube in person.memories()]
+        else:
+            rows = [(c.cube, round(c.score, 4)) for c in person.recall(query, k=k)]
     if as_json:
-        emit([{"score": round(c.score, 4), **c.cube.to_dict()} for c in found])
+        emit([{"score": score, **cube.to_dict()} for cube, score in rows])
     else:
-        _memories_table([(c.cube, c.score) for c in found])
+        _memories_table(rows)
+
+
+@app.command()
+def restore(
+    cube_id: Annotated[str, typer.Argument(metavar="ID")],
+    store: StoreOption = DEFAULT_STORE,
+    user: UserOption = None,
+    model: ModelOption = "smollm2",
+    as_json: JsonOption = False,
+) -> None:
+    """Bring an archived memory back."""
+    with _engine(model, _existing(store)) as engine:
+        cube = engine.user(_user(user)).restore(cube_id)
+    if as_json:
+        emit(cube.to_dict())
+    else:
+        console.print(f"Restored: {cube.id}")
 
 
 @app.command()
@@ -239,14 +261,14 @@ def _answer(
     return str(reply.text)
 
 
-def _memories_table(rows: list[tuple[Any, float]]) -> None:
+def _memories_table(rows: Sequence[tuple[Any, float | None]]) -> None:
     if not rows:
         console.print("No memory matches.")
         return
     short = [(cube, score, textwrap.shorten(cube.body, 160, placeholder="...")) for cube, score in rows]
     show_table(
         ["id", "score", "state", "text"],
-        [(cube.id, f"{score:.2f}", cube.state, text) for cube, score, text in short],
+        [(cube.id, "" if score is None else f"{score:.2f}", cube.state, text) for cube, score, text in short],
     )
 
 

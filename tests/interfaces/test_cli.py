@@ -41,7 +41,11 @@ def test_remember_recall_history_forget():
     assert data("forget", "Biscuit dog")[0]["id"] == cube["id"]
     assert len(data("recall", "dog")) == 2, "forget TEXT only shows"
     assert data("forget", "--id", cube["id"], "--how", "archive") == {"archived": [cube["id"]]}
-    assert len(data("recall", "dog")) == 1
+    assert len(data("recall")) == 1
+    assert data("restore", cube["id"])["id"] == cube["id"]
+    assert len(data("recall")) == 2
+    assert "Biscuit" in run("recall").stdout
+    data("forget", "--id", cube["id"], "--how", "archive")
     data("forget", "--id", cube["id"], "--how", "erase")
     entries = data("history", cube["id"])
     assert [e["event"] for e in entries][-2:] == ["archived", "erased"]
