@@ -69,12 +69,13 @@ class ActivationMemory:
             tenant_salt=self.salt(principal),
         )
 
-    def lookup(self, principal: Principal, cube: MemCube) -> KVRecord | Miss:
+    def lookup(self, principal: Principal, cube: MemCube, token_ids: tuple[int, ...]) -> KVRecord | Miss:
         """The record of a memory, from host memory or the vault, verified; or why there is none.
 
-        A record that fails its check is audited and dropped, so that it is built afresh.
+        token_ids: the memory's span in this layout. A record that fails its check is audited and dropped, so
+        that it is built afresh.
         """
-        identity = self.identity(principal, self.layout.memory(cube.body or ""))
+        identity = self.identity(principal, token_ids)
         key = identity.digest()
         blob = self.store.find_kv(principal, cube.id, key)
         if blob is None:

@@ -225,7 +225,9 @@ class MemoryEngine:
             texts[cube.id] = self.layout.memory(cube.body or "")
             wanted = form != "text" and candidate.score >= self.config.min_score
             try:
-                found = self._record(principal, cube) if wanted else Miss("no KV was looked for")
+                found: KVRecord | Miss = Miss("no KV was looked for")
+                if wanted and self.activation is not None:
+                    found = self.activation.lookup(principal, cube, texts[cube.id])
             except MemoryNotFoundError:  # deleted since it was found
                 continue
             if isinstance(found, KVRecord):
@@ -274,11 +276,6 @@ class MemoryEngine:
         if head:
             spans.append(TextSpan(head))
         return spans
-
-    def _record(self, principal: Principal, cube: MemCube) -> KVRecord | Miss:
-        if self.activation is None:
-            return Miss("this engine has no store")
-        return self.activation.lookup(principal, cube)
 
     def run(
         self, prepared: Prepared, params: SamplingParams, on_token: Callable[[StepOutput], None] | None = None

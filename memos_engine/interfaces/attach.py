@@ -110,7 +110,6 @@ class _Attached:
             return self.original(inputs, generation_config, *positional, **given)
         if self.engine.store is not None and user is None:
             raise MemoryInputError("The model is attached to a store: name a user, generate(..., user=...).")
-        self.engine.refresh()
         assert isinstance(ids, Tensor)
         prompt = [int(t) for t in ids[0].tolist()]
         new = self._decode(self.engine, prompt, config, user, query, form)
@@ -129,6 +128,7 @@ class _Attached:
     ) -> list[int]:
         params = _sampling(config, len(prompt))
         if engine.store is None or user is None:
+            engine.refresh()
             outputs = engine.decoder.generate([TextSpan(tuple(prompt))], params)
             return [out.token for out in outputs]
         cut = _memory_place(prompt, engine)
