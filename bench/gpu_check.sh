@@ -1,11 +1,19 @@
 #!/usr/bin/env bash
-# Runs bench/gpu_check.py on a machine with torch and triton, without installing anything: the folders are
-# laid out as the package would be. Its JSON line belongs under bench/results/.
+# Builds, tests and times everything on a machine with torch, triton, nvcc, pybind11 and cmake, in one call and
+# without network: nothing is installed, the folders are laid out as the package would be.
+#   bench/gpu_check.sh [--device cuda] [--out bench/results] [--minutes 8]
+# Packages that are missing there can be carried along: PYTHONPATH=<folder of unpacked wheels> bench/gpu_check.sh
+# Prints a short table last; the results are gpu-*.json in --out.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-python3}
 tree=$(mktemp -d); trap 'rm -rf "$tree"' EXIT
 cp -r "$top/memos_engine" "$tree/memos_engine"
+rm -f "$tree"/memos_engine/*.so
 cp -r "$top/kernels" "$tree/memos_engine/kernels"
 cp -r "$top/bench" "$tree/memos_engine/bench"
-cd "$tree"
-PYTHONPATH="$tree" "${PYTHON:-python3}" memos_engine/bench/gpu_check.py "$@"
+cp -r "$top/tests" "$tree/tests"
+export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}"
+cd "$top"  # a relative --out means the checkout
+exec_check() { "$python" -m memos_engine.bench.gpu_check --source "$top" --tree "$tree" "$@"; }
+exec_check "$@"

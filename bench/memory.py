@@ -13,34 +13,43 @@ import sys
 import tempfile
 from typing import Any
 
-from memos_engine.bench.machine import machine
+from memos_engine.bench.document import Document
+from memos_engine.bench.options import Options, Progress, silent
 from memos_engine.bench.texts import facts
 
+from memos_engine.config import ConfigError
 from memos_engine.errors import MemosEngineError
 
+_CHILD = "from memos_engine.bench.memory import child; child()"
 
-def run(model: str = "smollm2", dtype: str = "bfloat16") -> dict[str, Any]:
-    """Returns the result document; the measured process is a child, so nothing else counts."""
+
+def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
+    """The result document of `bench memory`; the measured process is a child, so nothing else counts."""
+    if options.random_weights is not None or options.device != "cpu":
+        raise ConfigError("bench memory measures a pulled model on the CPU; leave those options out.")
+    document = Document("memory", options)
+    dtypes = (options.resolved_dtype,) if options.dtype != "auto" else ("bfloat16", "float32")
+    for done, dtype in enumerate(dtypes):
+        progress(dtype, done, len(dtypes))
+        if not document.has(dtype):
+            document.add(dtype, [_measured(options, dtype)])
+    return document.finish()
+
+
+def _measured(options: Options, dtype: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                "from memos_engine.bench.memory import child; child()",
-                model,
-                dtype,
-                folder,
-            ],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=folder,
-            check=False,
-        )
+        argv = [sys.executable, "-c", _CHILD, options.model, dtype, folder]
+        try:
+            done = subprocess.run(
+                argv, capture_output=True, text=True, cwd=folder, check=False, timeout=options.peer_timeout
+            )
+        except subprocess.TimeoutExpired as error:
+            raise MemosEngineError(f"The measured process took over {error.timeout:g} s.") from error
     if done.returncode != 0:
-        raise MemosEngineError(f"The measured process ended with status {done.returncode}.")
-    row = json.loads(done.stdout.splitlines()[-1])
-    config = {"model": model, "dtype": dtype}
-    return {"bench": "memory", "version": 1, "machine": machine(), "config": config, "rows": [row]}
+        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise MemosEngineError(f"The measured process ended with status {done.returncode}: {last[0]}")
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
 def child() -> None:

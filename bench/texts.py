@@ -42,3 +42,24 @@ def facts(seed: int, sentences: int) -> str:
             )
         )
     return " ".join(lines)
+
+
+def questions(rng: random.Random, count: int) -> list[str]:
+    """Questions about the invented people, each about another one of them or another of their things."""
+    forms = [
+        "Where does {name} live, and what is the work of {name} there?",
+        "Which {thing} did {name} buy in {place}, and when?",
+        "Who painted the {thing} of {name} {colour}?",
+        "What has {name} kept in a house near {place}?",
+    ]
+    out = []
+    for i in range(count):
+        out.append(
+            forms[i % len(forms)].format(
+                name=_PEOPLE[(i * 5) % len(_PEOPLE)],
+                thing=rng.choice(_THINGS),
+                place=rng.choice(_PLACES),
+                colour=rng.choice(_COLOURS),
+            )
+        )
+    return out

@@ -1,199 +1,182 @@
-"""Time to first token: full prefill, prefix reuse and spliced memory, with transformers in the same run.
+"""Time to first token: full prefill, exact-prefix reuse, spliced memory, the question alone; peers in turn.
 
-One process, each system with weights of its own, systems in turn, a fresh order of memories in every round.
-Engine scope: token ids in, first token out; records wait in host memory.
+Engine scope (token ids in, first token out, records in host memory) is measured here, request scope in
+`request.py`. Every system has a process of its own; a fresh order of memories in every round.
 """
 
 from __future__ import annotations
 
 import random
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import torch
-from memos_engine.bench.machine import machine
-from memos_engine.bench.texts import facts
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from memos_engine.bench import request, roofline, stats
+from memos_engine.bench.document import Document, Row
+from memos_engine.bench.limits import Limits
+from memos_engine.bench.options import Options, Progress, rounds_shown, silent
+from memos_engine.bench.peers import registry
+from memos_engine.bench.systems import OURS, Arm, Measured, Systems, check_systems, interleave, open_systems
+from memos_engine.bench.target import open_target
+from memos_engine.bench.workload import Workload, Workloads
 
-from memos_engine.config import ConfigError, DecoderConfig, SamplingParams
-from memos_engine.decoder.engine import DecoderEngine
-from memos_engine.decoder.record import KVRecord, ids_digest
-from memos_engine.decoder.sequence import KVSpan, Span, TextSpan
-from memos_engine.decoder.spec import ModelSpec
-from memos_engine.decoder.weights import Weights
-from memos_engine.models import resolve
-from memos_engine.prompt import PromptLayout
-
-
-@dataclass(frozen=True)
-class TtftConfig:
-    """context: memory tokens, split evenly over `memories`; query: tokens computed behind them."""
-
-    model: str = "smollm2"
-    dtype: str = "bfloat16"
-    contexts: tuple[int, ...] = (1024,)
-    query: int = 32
-    memories: int = 4
-    n: int = 9
-    warmup: int = 2
-    seed: int = 0
-    threads: int | None = None
-    peers: tuple[str, ...] = ("transformers",)
-
-    def __post_init__(self) -> None:
-        unknown = set(self.peers) - {"transformers"}
-        if unknown:
-            raise ConfigError(f"peers {', '.join(sorted(unknown))}: this bench knows transformers.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype={self.dtype!r}: use float32 or bfloat16.")
-        least = 16 * self.memories
-        if min(self.contexts) < least:
-            raise ConfigError(
-                f"context: at least 16 tokens for each of the {self.memories} memories ({least})."
-            )
+OWN_MODES = ("full", "prefix", "splice", "query_only")
+REUSE = {"full": "none", "prefix": "prefix", "splice": "pages", "query_only": "none"}
+WARMUP = 2
 
 
-Run = Callable[[], tuple[float, int]]
+def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
+    """The result document of `bench ttft`."""
+    check_systems(options)
+    contexts = options.contexts or ((1024,) if options.quick else (512, 1024, 2048, 4096))
+    queries, memories = options.queries or (32,), options.memories or (4,)
+    cases = [(c, q, m) for m in memories for q in queries for c in contexts]
+    with open_target(options) as target:
+        workloads = Workloads(target, options.seed)
+        made = {case: workloads.make(*case) for case in cases}
+        longest = max(sum(map(len, work.parts(list(range(case[2]))))) for case, work in made.items()) + 8
+        document = Document("ttft", options)
+        ceilings = roofline.ceilings_for(document, options)
+        limits = Limits(target.spec, options.resolved_dtype, ceilings)
+        rounds = options.rounds(9, 7) + WARMUP
+        wanted = target.random is None  # request scope needs a tokenizer, and a window for its prompts
+        if wanted and target.spec.max_positions < request.TOKENS:
+            wanted = False
+            document.note(f"request scope is left out: it needs a window of {request.TOKENS} tokens")
+        total, begun = (len(cases) + wanted) * rounds, 0
+        longest = max(longest, request.TOKENS if wanted else 0)
+        with open_systems(options, target, longest, document) as systems:
+            for case in cases:
+                unit = _unit(case)
+                if not document.has(unit):
+                    rows, ratios = _measure(
+                        case, made[case], systems, limits, rounds, options.seed,
+                        rounds_shown(progress, unit, begun, total),
+                    )  # fmt: skip
+                    document.add(unit, rows, ratios)
+                begun += rounds
+            if wanted and not document.has("request"):
+                rows, ratios = request.measure(
+                    options, target, limits, systems, rounds, document,
+                    rounds_shown(progress, "request scope", begun, total),
+                )  # fmt: skip
+                document.add("request", rows, ratios)
+        return document.finish()
 
 
-def run(config: TtftConfig, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Returns the result document (rows as in the design: `ttft`)."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    folder = resolve(config.model)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", local_files_only=True
-    ).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    spec = ModelSpec.from_folder(folder)
-    weights = Weights.from_folder(folder, spec, getattr(torch, config.dtype))
-    most = max(config.contexts) + config.query + 512
-    engine = DecoderEngine(spec, weights, DecoderConfig(dtype=config.dtype, pool_tokens=most))
-    rows: list[dict[str, Any]] = []
-    for context in config.contexts:
-        rows += _measure(config, context, engine, model, PromptLayout(tokenizer), progress)
-    return {
-        "bench": "ttft",
-        "version": 1,
-        "machine": machine(),
-        "config": asdict(config),
-        "rows": rows,
-    }
+def _unit(case: tuple[int, int, int]) -> str:
+    context, query, memories = case
+    return f"{context} tokens in {memories}, query {query}"
 
 
 def _measure(
-    config: TtftConfig,
-    context: int,
-    engine: DecoderEngine,
-    model: Any,
-    layout: PromptLayout,
-    progress: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    anchor = layout.anchor
-    sizes = [context // config.memories + (i < context % config.memories) for i in range(config.memories)]
-    close = len(layout.turn_close)
-    spans = [_exactly(layout.memory(facts(i, size)), size, close) for i, size in enumerate(sizes)]
-    question = "Where does Anna live? " * (1 + config.query // 5)
-    query = _exactly(layout.query(question), config.query, tail=close + 10)
-    anchor_span = KVSpan(_record(engine, (), anchor))
-    records = [_record(engine, anchor, span) for span in spans]
-    rng = random.Random(config.seed)
-    samples: dict[tuple[str, str], list[float]] = {}
-    agree = {"splice": 0, "prefix": 0, "transformers": 0}
-    rounds = config.warmup + config.n
-    for round_ in range(rounds):
-        order = rng.sample(range(config.memories), config.memories)
-        ids = (*anchor, *(t for i in order for t in spans[i]), *query)
-        spliced: list[Span] = [anchor_span, *(KVSpan(records[i]) for i in order), TextSpan(query)]
-        plain: list[Span] = [TextSpan(ids)]
-        bare: list[Span] = [anchor_span, TextSpan(query)]
-        systems: dict[tuple[str, str], Run] = {
-            ("memos_engine", "full"): lambda p=plain: _ours(engine, p),  # type: ignore[misc]
-            ("memos_engine", "prefix"): lambda p=plain: _ours(engine, p, keep=True),  # type: ignore[misc]
-            ("memos_engine", "splice"): lambda s=spliced: _ours(engine, s),  # type: ignore[misc]
-            ("memos_engine", "query_only"): lambda b=bare: _ours(engine, b),  # type: ignore[misc]
+    case: tuple[int, int, int],
+    work: Workload,
+    systems: Systems,
+    limits: Limits,
+    rounds: int,
+    seed: int,
+    progress: Any,
+) -> tuple[list[Row], list[Row]]:
+    context, query, memories = case
+    rng = random.Random(seed)
+    inputs = [
+        {
+            "fresh": work.parts(rng.sample(range(memories), memories), asked),
+            "fixed": work.parts(range(memories), asked),
         }
-        if "transformers" in config.peers:
-            systems["transformers", "full"] = lambda i=ids: _transformers(model, i)  # type: ignore[misc]
-        tokens: dict[tuple[str, str], int] = {}
-        for key, system in _rotated(systems, round_):
-            ms, tokens[key] = system()
-            if round_ >= config.warmup:
-                samples.setdefault(key, []).append(ms)
-        if round_ >= config.warmup:
-            full = tokens["memos_engine", "full"]
-            agree["splice"] += tokens["memos_engine", "splice"] == full
-            agree["prefix"] += tokens["memos_engine", "prefix"] == full
-            agree["transformers"] += tokens.get(("transformers", "full")) == full
-        progress(f"{context} tokens: round {round_ + 1} of {rounds}")
-    return [
-        _row(config, context, key, values, agree) for key, values in sorted(samples.items(), key=_mode_order)
+        for asked in range(rounds)
     ]
+    arms = [
+        Arm(name, mode, partial(_first_token, systems, name, mode))
+        for name in systems.names
+        for mode in modes(name)
+    ]
+    measured = interleave(arms, inputs, WARMUP, progress)
+    tier, rows = "host" if systems.device == "cpu" else "device", []
+    for arm in arms:
+        bare = arm.mode == "query_only"
+        fields = {
+            "scope": "engine",
+            "reuse": REUSE[arm.mode],
+            "context": 0 if bare else context,
+            "query": query,
+            "memories": 0 if bare else memories,
+            "recompute": {"full": 1.0, "splice": 0.0}.get(arm.mode),
+            "dtype": limits.dtype,
+            "tier": tier if arm.mode in ("splice", "prefix") else None,
+        }
+        limit = limits.first_token(arm.mode, len(work.anchor), context, query)
+        rows.append(timed_row(arm, measured, fields, limit))
+    return rows, ratios_of(measured, context, query, memories)
 
 
-def _ours(engine: DecoderEngine, spans: list[Span], keep: bool = False) -> tuple[float, int]:
-    """One request to its first token. keep: the same prompt runs first, so that its pages are there."""
-    engine.forget_prefixes()
-    once = SamplingParams(max_new_tokens=1)
-    if keep:
-        list(engine.generate(spans, once))
-    (out,) = engine.generate(spans, once)
-    return out.sequence.stats.ttft_ms, out.token
+def _first_token(systems: Systems, name: str, mode: str, given: dict[str, Any]) -> dict[str, Any]:
+    """One request. What reuses a prefix gets the order it knows, with a question it does not know; our own
+    then also computes that prompt in full, untimed, to tell whether the token is right."""
+    parts = given["fixed" if mode == "prefix" else "fresh"]
+    answer: dict[str, Any] = systems.call(name, "first_token", mode=mode, parts=parts)
+    if (name, mode) == (OURS, "prefix"):
+        answer["truth"] = systems.call(name, "first_token", mode="full", parts=parts)["token"]
+    return answer
 
 
-@torch.inference_mode()
-def _transformers(model: Any, ids: tuple[int, ...]) -> tuple[float, int]:
-    start = time.perf_counter()
-    logits = model(torch.tensor([ids]), use_cache=True, logits_to_keep=1).logits
-    token = int(logits[0, -1].argmax())
-    return (time.perf_counter() - start) * 1e3, token
+def modes(name: str) -> tuple[str, ...]:
+    """What a system is asked for."""
+    return OWN_MODES if name == OURS else registry.PEERS[name].modes
 
 
-def _record(engine: DecoderEngine, left: tuple[int, ...], span: tuple[int, ...]) -> KVRecord:
-    k, v = engine.encode_span(left, span)
-    return KVRecord(k, v, span, "bench", ids_digest(left))
+def timed_row(arm: Arm, measured: Measured, fields: dict[str, Any], limit: float) -> Row:
+    """A row of numbers, or of the reason why there are none."""
+    if arm.key in measured.failed:
+        return measured.status_row(arm.key, **fields)
+    samples = measured.samples(arm.key)
+    row = {"system": arm.system, "mode": arm.mode, **fields, **stats.timing(samples, "ttft_ms")}
+    row["limit_ms"] = round(limit, 3)
+    row["share_of_limit"] = round(limit / row["ttft_ms_p50"], 4)
+    row["same_first_token"] = _agreement(arm, measured)
+    return row
 
 
-def _exactly(ids: tuple[int, ...], size: int, tail: int) -> tuple[int, ...]:
-    """A span of just `size` tokens: its middle is cut, its last `tail` tokens (the end of the turn) stay."""
-    if len(ids) < size:
-        raise ValueError(f"{size} tokens were asked for, the text gives {len(ids)}")
-    tail = min(tail, size)
-    return ids[: size - tail] + ids[len(ids) - tail :]
+def _agreement(arm: Arm, measured: Measured) -> float | None:
+    """Share of rounds in which the first token is that of our own full prefill of the same prompt."""
+    if arm.mode == "query_only" or arm.key == (OURS, "full"):
+        return None
+    if arm.mode == "prefix":
+        truth = [answer["truth"] for answer in measured.answers.get((OURS, "prefix"), ())]
+    else:
+        truth = [answer["token"] for answer in measured.answers.get((OURS, "full"), ())]
+    mine = [answer["token"] for answer in measured.answers[arm.key]]
+    if not truth:
+        return None
+    return round(sum(a == b for a, b in zip(mine, truth, strict=True)) / len(truth), 3)
 
 
-def _rotated(systems: dict[tuple[str, str], Run], by: int) -> Iterator[tuple[tuple[str, str], Run]]:
-    items = list(systems.items())
-    by %= len(items)
-    yield from items[by:] + items[:by]
+def ratios_of(measured: Measured, context: int, query: int, memories: int) -> list[Row]:
+    """Ours against each system that reuses nothing, and against each that reuses a prefix, round by round."""
+    wanted: list[tuple[str, tuple[str, str], tuple[str, str]]] = [
+        ("spliced / own full prefill", (OURS, "splice"), (OURS, "full"))
+    ]
+    for system, mode in measured.answers:
+        if system != OURS and mode == "full":
+            wanted.append((f"own full prefill / {system} full prefill", (OURS, "full"), (system, mode)))
+            wanted.append((f"spliced / {system} full prefill", (OURS, "splice"), (system, mode)))
+        elif system != OURS and mode == "prefix":
+            wanted.append((f"spliced / {system} exact prefix", (OURS, "splice"), (system, mode)))
+            wanted.append((f"own exact prefix / {system} exact prefix", (OURS, "prefix"), (system, mode)))
+    return paired_ratios(measured, wanted, context=context, query=query, memories=memories)
 
 
-def _mode_order(item: tuple[tuple[str, str], list[float]]) -> tuple[str, int]:
-    (system, mode), _ = item
-    return system, ["full", "prefix", "splice", "query_only"].index(mode)
-
-
-def _row(
-    config: TtftConfig, context: int, key: tuple[str, str], values: list[float], agree: dict[str, int]
-) -> dict[str, Any]:
-    system, mode = key
-    same = agree.get(mode if system == "memos_engine" else system)
-    return {
-        "system": system,
-        "mode": mode,
-        "scope": "engine",
-        "reuse": {"full": "none", "prefix": "prefix", "splice": "pages", "query_only": "none"}[mode],
-        "context": 0 if mode == "query_only" else context,
-        "query": config.query,
-        "memories": 0 if mode == "query_only" else config.memories,
-        "recompute": {"full": 1.0, "splice": 0.0}.get(mode),
-        "dtype": config.dtype,
-        "tier": "host" if mode == "splice" else None,
-        "ttft_ms_p50": round(statistics.median(values), 3),
-        "ttft_ms_p95": round(sorted(values)[min(len(values) - 1, int(0.95 * len(values)))], 3),
-        "same_first_token": None if same is None or mode == "query_only" else round(same / config.n, 3),
-        "n": len(values),
-    }
+def paired_ratios(
+    measured: Measured,
+    wanted: Sequence[tuple[str, tuple[str, str], tuple[str, str]]],
+    name: str = "ms",
+    **fields: Any,
+) -> list[Row]:
+    """Median ratio of two arms, paired by round, with its interval; left out where an arm has no samples."""
+    out = []
+    for text, over, under in wanted:
+        a, b = measured.samples(over, name), measured.samples(under, name)
+        if a and b:
+            out.append({"name": text, **fields, **stats.ratio(a, b).public()})
+    return out

@@ -1,0 +1,121 @@
+"""A table as plain text: its cells, the titles of columns, and how values are written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from memos_engine.bench.report.values import (
+    METHODS,
+    MODES,
+    TIERS,
+    Row,
+    clean,
+    figure,
+    number,
+    percent,
+    system_name,
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """small: a second, lesser number; tone: ahead, behind, level or failed."""
+
+    text: str
+    small: str = ""
+    numeric: bool = False
+    tone: str = ""
+
+
+@dataclass
+class Table:
+    """Plain text, nothing escaped; `ours` holds the indices of the rows that are this package's."""
+
+    caption: str
+    head: list[Cell]
+    rows: list[list[Cell]] = field(default_factory=list)
+    ours: set[int] = field(default_factory=set)
+
+    def add(self, cells: list[Cell], ours: bool = False) -> None:
+        if ours:
+            self.ours.add(len(self.rows))
+        self.rows.append(cells)
+
+
+TITLES = {
+    "ttft_ms_p50": "TTFT ms, P50",
+    "ttft_ms_p95": "TTFT ms, P95",
+    "ttft_ms_p99": "TTFT ms, P99",
+    "itl_ms_p50": "between tokens ms, P50",
+    "itl_ms_p95": "between tokens ms, P95",
+    "ms_per_token_p50": "ms per token, P50",
+    "ms_per_token_p95": "ms per token, P95",
+    "us_p50": "µs, P50",
+    "us_p95": "µs, P95",
+    "tokens_per_s": "tokens/s",
+    "throughput_tokens_per_s": "tokens/s",
+    "goodput_per_s": "goodput, requests/s",
+    "offered_per_s": "offered, requests/s",
+    "objective_ms": "TTFT objective, ms",
+    "met_share": "objective met",
+    "share_of_limit": "share of limit",
+    "same_first_token": "same first token",
+    "kl_mean": "KL mean",
+    "kl_low": "KL, low end",
+    "kl_high": "KL, high end",
+    "kl_p99": "KL, P99",
+    "kl_token1": "KL, first token",
+    "top1": "same top token",
+    "answer_f1": "answer F1",
+    "answer_contains": "answer contains it",
+    "build_ms": "build ms",
+    "direct_ms": "direct ms",
+    "ours_ms": "ours ms",
+    "break_even": "break-even uses",
+    "paper_build_s": "paper: build s",
+    "paper_kv_s": "paper: KV s",
+    "paper_direct_s": "paper: direct s",
+    "paper_reduction": "paper: reduction",
+    "context": "memory tokens",
+    "query": "query tokens",
+    "spliced_tokens": "spliced tokens",
+    "limit_ms": "limit, ms",
+    "limit_us": "limit, µs",
+    "requests_per_s": "requests/s",
+    "mean_recomputed": "mean share recomputed",
+    "paper_model": "paper's model",
+    "f1_low": "F1, low end",
+    "f1_high": "F1, high end",
+}
+SHARES = {
+    *("share_of_limit", "same_first_token", "met_share", "recompute", "top1", "reduction", "paper_reduction"),
+    *("answer_contains", "difference", "excluded_share", "mean_recomputed"),
+}
+
+
+def title(key: str) -> str:
+    return TITLES.get(key) or str(clean(key.replace("_", " "), 60))
+
+
+def cell(row: Row, key: str) -> Cell:
+    """One value as it is shown."""
+    value = number(row, key)
+    if value is not None:
+        share = key in SHARES and abs(value) <= 10
+        return Cell(percent(value) if share else figure(value), numeric=True)
+    text = clean(row.get(key), 120)
+    names: dict[str, dict[str, str]] = {"mode": MODES, "tier": TIERS, "method": METHODS}
+    if key == "system":
+        return Cell(system_name(text) if text else "")
+    return Cell(names.get(key, {}).get(text, text), tone=verdict_tone(text) if key == "verdict" else "")
+
+
+def verdict_tone(verdict: str) -> str:
+    if verdict in ("slower", "worse", "lost"):
+        return "behind"
+    return "ahead" if verdict in ("faster", "better") else "level"
+
+
+def numeric(rows: Sequence[Row], key: str) -> bool:
+    return any(number(row, key) is not None for row in rows)
