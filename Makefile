@@ -9,13 +9,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 
-.PHONY: all setup models demo test lint format bench wheel-test clean help
+.PHONY: all setup models demo test lint format bench bench-peers wheel-test clean help
 
 help:
 	@echo "make demo     a real model answers from spliced memories (first run sets everything up)"
 	@echo "make test     the test suite"
 	@echo "make lint     ruff, mypy, clang-format"
 	@echo "make bench    time to first token: full prefill, transformers, spliced"
+	@echo "make bench-peers  sets up the systems that benches compare with (vLLM 3.4 GB, llama.cpp)"
 	@echo "make wheel-test   builds the wheel and tries it in a clean environment"
 
 $(BIN)/python:
@@ -58,6 +59,9 @@ format: setup
 
 bench: models
 	$(BIN)/memos-engine bench ttft
+
+bench-peers: setup
+	$(BIN)/memos-engine bench peers --install
 
 wheel-test: setup
 	$(BIN)/python tests/wheel_check.py

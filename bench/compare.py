@@ -71,6 +71,7 @@ def compare(
         rows += _compared(key, x, y, tolerance, sides if relative else None)
     for key, row, side in alone:
         rows.append(_line(key, row, {"verdict": f"only in {side}"}))
+    _name(rows)
     ratios = _ratios(a, b)
     notes = [*differences(a, b, tolerance), *_drift(rows, relative, tolerance)]
     if any(x.get(key) != y.get(key) for _, x, y in pairs for key in ROUGH):
@@ -103,9 +104,23 @@ def _about(document: Mapping[str, Any]) -> dict[str, Any]:
     return {key: document.get(key) for key in ("commit", "started", "command", "complete")}
 
 
+# Told by the label, or of no use to a reader.
+_UNNAMED = ("system", "mode", "method", "recompute", "reuse", "tier")
+
+
+def _name(rows: Sequence[Row]) -> None:
+    """Names every row by its label and by what tells it from the others."""
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        for key, value in row["identity"].items():
+            values.setdefault(key, set()).add(clean(value))
+    for row in rows:
+        telling = [(k, v) for k, v in row["identity"].items() if k not in _UNNAMED and len(values[k]) > 1]
+        row["row"] = ", ".join([row["row"], *(f"{key} {clean(value)}" for key, value in telling)])
+
+
 def _line(key: Key, row: Row, more: dict[str, Any]) -> Row:
-    words = [f"{k} {clean(v)}" for k, v in key if k not in ("system", "mode", "method", "recompute")]
-    line = {"row": ", ".join([label(row), *words]), "identity": dict(key), "ours": is_ours(row)}
+    line: Row = {"row": label(row), "identity": dict(key), "ours": is_ours(row)}
     line |= dict.fromkeys(("metric", "better", "a", "b", "ratio", "low", "high", "verdict", "why"))
     line |= more
     # A slower peer says something about the machine, not about this package.

@@ -68,7 +68,7 @@ def identify(row: Row, keys: Sequence[str]) -> Key:
 
 
 def _identifies(key: str, value: Any) -> bool:
-    if key in ASIDE:
+    if key in ASIDE or (isinstance(value, float) and not math.isfinite(value)):
         return False
     if key in IDENTITY or isinstance(value, (str, bool)):
         return True

@@ -68,7 +68,6 @@ def main() -> None:
     }
     write_atomically(options.out / f"{prefix(options.device)}check.json", json.dumps(document) + "\n")
     table(rows, options.out, options.device)
-    print(json.dumps(document))
     raise SystemExit(any(row["status"] not in ("ok", "skipped") for row in rows))
 
 
@@ -135,7 +134,8 @@ def table(rows: list[dict[str, Any]], out: Path, device: str) -> None:
             value = next(
                 (row[k] for k in ("ttft_ms_p50", "ours_ms", "ms_per_token_p50", "us_p50") if k in row), None
             )
-            if value is not None and row.get("system") != "torch":
+            wanted = row.get("system") != "torch" and row.get("op") in (None, "paged_attention", "splice_kv")
+            if value is not None and wanted:
                 what = [row.get(k) for k in ("op", "shape", "mode", "context", "query", "batch")]
                 name = " ".join(str(w) for w in what if w not in (None, ""))
                 print(f"{path.stem:34} {name:56} {value:10.2f}  share {row.get('share_of_limit', '-')}")

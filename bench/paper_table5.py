@@ -84,12 +84,11 @@ def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
                 unit = f"{cell[0]} + {cell[1]}"
                 if document.has(unit):
                     continue
-                row, ratios = _cell(
+                rows, ratios = _cell(
                     cell, works[cell], systems, limits, rounds, model,
                     rounds_shown(progress, unit, index * rounds, len(cells) * rounds),
                 )  # fmt: skip
-                row["model"] = target.name
-                document.add(unit, [row], ratios)
+                document.add(unit, [{**row, "model": target.name} for row in rows], ratios)
         document.note(
             f"The paper's cells are {model} on an H800 with the KV already on the GPU; ours are "
             f"{target.name} on this {options.device} machine with the record in its memory. Compare "
@@ -110,7 +109,7 @@ def _cell(
     rounds: int,
     model: str,
     progress: Callable[[int], None],
-) -> tuple[Row, list[Row]]:
+) -> tuple[list[Row], list[Row]]:
     context, query = cell
     arms = [
         Arm(OURS, "build", lambda parts: systems.call(OURS, "build", parts=parts)),
@@ -132,10 +131,9 @@ def _cell(
         "query": query,
         "dtype": limits.dtype,
     }
-    if measured.failed:
-        row |= measured.status_row(next(iter(measured.failed)))
-    if (OURS, "splice") not in measured.answers or (OURS, "full") not in measured.answers:
-        return row, []
+    others = [measured.status_row(key, context=context, query=query) for key in measured.failed]
+    if any(other["system"] == OURS for other in others):
+        return others, []
     row |= _numbers(measured)
     row["share_of_limit"] = round(
         limits.first_token("splice", len(work.anchor), context, query) / row["ours_ms"], 3
@@ -154,7 +152,7 @@ def _cell(
         }
     name = f"spliced / own full prefill, {context} + {query}"
     pair = stats.ratio(measured.samples((OURS, "splice")), measured.samples((OURS, "full")))
-    return row, [{"name": name, "context": context, "query": query, **pair.public()}]
+    return [row, *others], [{"name": name, "context": context, "query": query, **pair.public()}]
 
 
 def _numbers(measured: Measured) -> Row:

@@ -21,6 +21,7 @@ from memos_engine.bench import ttft
 from memos_engine.bench.document import Document, Row
 from memos_engine.bench.limits import Limits
 from memos_engine.bench.options import Options
+from memos_engine.bench.peers import registry
 from memos_engine.bench.peers.process import PeerError, PeerProcess, worker_path
 from memos_engine.bench.systems import OURS, Arm, Systems, interleave
 from memos_engine.bench.target import Target
@@ -114,7 +115,7 @@ def _engine(
 ) -> PeerProcess:
     threads = options.threads or torch.get_num_threads()
     argv = [sys.executable, worker_path("engine")]
-    env = {"OMP_NUM_THREADS": str(threads)}
+    env = registry.thread_variables(threads)
     engine = stack.enter_context(PeerProcess(OURS, argv, env, options.peer_timeout))
     loaded = engine.call(
         "load",

@@ -84,7 +84,7 @@ def open_systems(options: Options, target: Target, max_tokens: int, document: Do
 def _start(name: str, options: Options, threads: int) -> PeerProcess:
     if name == OURS:
         argv = [sys.executable, worker_path("own")]
-        return PeerProcess(name, argv, {"OMP_NUM_THREADS": str(threads)}, options.peer_timeout)
+        return PeerProcess(name, argv, registry.thread_variables(threads), options.peer_timeout)
     return registry.start(name, options.peer_timeout, options.device, threads)
 
 

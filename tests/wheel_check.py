@@ -28,6 +28,8 @@ MODULES = (
     "memos_engine",
     "memos_engine.kernels",
     "memos_engine.bench",
+    "memos_engine.bench.peers",
+    "memos_engine.bench.report",
     "memos_engine.models",
     "memos_engine.api",
 )

@@ -74,6 +74,7 @@ def _written(path: Path) -> Iterator[Path]:
         os.close(handle)
         try:
             yield Path(name)
+            os.chmod(name, 0o644)  # mkstemp makes it private; the cache follows the folder's permissions
             os.replace(name, path)
         finally:
             Path(name).unlink(missing_ok=True)
@@ -166,7 +167,7 @@ def _form(tensor: Any) -> str:
 
 
 def _split(tokenizer: dict[str, Any]) -> str:
-    """llama.cpp's name for the tokenizer's first split, "default" if there is none that is known to be equal."""
+    """llama.cpp's name for the tokenizer's first split, "default" where none is known to be equal."""
     steps = tokenizer.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     kinds = [step.get("type") for step in steps]

@@ -1,7 +1,8 @@
 """Environments for the peers: each system that is compared gets a virtual environment of its own.
 
-Their pins contradict ours and each other's (vLLM wants an older transformers), and a bench must not change what
-it measures. An environment counts once its marker is there, which is written last: half of one never counts.
+Their pins contradict ours and each other's (vLLM wants an older transformers), and a bench must not change
+what it measures. An environment counts once its marker is there, which is written last: half of one never
+does.
 """
 
 from __future__ import annotations
@@ -38,9 +39,8 @@ class PeerInstallError(MemosEngineError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Requirements are installed in this order; `bare` is a wheel whose own list of requirements cannot be met
-    as it stands, so that all but `_UNUSED` is installed from its metadata and the wheel without it. `proof` is
-    imported at the end."""
+    """Requirements are installed in this order. `bare` is a wheel whose own list of requirements cannot be
+    met as it stands: all of it but `_UNUSED` is installed, then the wheel alone. `proof` is run last."""
 
     python: tuple[int, int]
     requirements: tuple[str, ...]
@@ -177,7 +177,7 @@ def _run(name: str, argv: list[str], what: str = "") -> None:
     lines = [line.strip() for line in done.stdout.decode("utf-8", "replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.upper().startswith("ERROR")]
     last = (errors or lines or [f"status {done.returncode}"])[-1][:500]
-    step = what or "`" + " ".join(Path(a).name if "/" in a else a for a in argv[:1] + argv[1:]) + "` failed"
+    step = what or f"`{' '.join(['python', *argv[1:]])}` failed"
     raise PeerInstallError(
         f"{name} could not be set up: {step}: {last} Check that pip reaches a package index from here (pip's "
         "own configuration is used) and that the disk has room, then run "

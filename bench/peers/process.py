@@ -35,7 +35,7 @@ class PeerProcess:
         self.timeout = timeout
         self._ended: PeerError | None = None
         self._gone = False
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed by close()
         try:
             self._process = subprocess.Popen(
                 argv,
@@ -49,7 +49,8 @@ class PeerProcess:
         except OSError as error:
             self._log.close()
             raise PeerError("absent", f"{name} could not be started: {error}.") from error
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()
         os.set_blocking(self._in, False)
         os.set_blocking(self._out, False)

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from memos_engine.bench.peers.process import PeerError, PeerProcess, worker_path
+
 from memos_engine.config import ConfigError
 from memos_engine.models.cache import cache_dir
 
 
 @dataclass(frozen=True)
 class Peer:
-    """kind: engine, adapter or kernel. modes: what it can do of `first_token`. worker: None for a slot, a name
-    that has a place and a reason, and no worker yet. needs: packages, any one of which makes it available.
-    later: why a slot is not used even where its package is there."""
+    """kind: engine, adapter or kernel. modes: what it can do of `first_token`. worker: None for a slot, which
+    has a name and a reason, but no worker yet. needs: packages, any one of which makes it available. later:
+    why a slot is not used even where its package is there."""
 
     name: str
     title: str
@@ -35,7 +36,7 @@ class Peer:
     later: str = ""
 
 
-_KERNEL = "no worker yet: kernels are compared one by one on a CUDA device, which comes later"
+_KERNEL = "used by a bench of CUDA kernels, which comes later"
 
 
 def _kernel(name: str, title: str, what: str, package: str) -> Peer:
@@ -99,7 +100,7 @@ def why_absent(name: str, device: str) -> str | None:
         return "a CUDA kernel: it needs a CUDA device"
     if entry.worker is None:
         missing = not any(map(_version_here, entry.needs))
-        return f"the package {entry.needs[0]} is not installed" if missing else entry.later
+        return f"{entry.later} (the package is not installed)" if missing else entry.later
     override = os.environ.get(_variable(name))
     if override:
         return _why_not_in(override, entry, device)
@@ -203,7 +204,9 @@ def _variable(name: str) -> str:
 def _why_not_in(python: str, entry: Peer, device: str) -> str | None:
     """Asks the Python that a variable names; it may be of any kind, so that its folders tell nothing."""
     wanted = ("vllm",) if entry.name == "vllm" and device == "cuda" else entry.needs
-    asks = "import sys, importlib.metadata as m; print(*{d.name.lower() for d in m.distributions() if d.name})"
+    asks = (
+        "import sys, importlib.metadata as m; print(*{d.name.lower() for d in m.distributions() if d.name})"
+    )
     setting = f"{_variable(entry.name)}={python}"
     try:
         command = [str(Path(python).expanduser()), "-c", asks]

@@ -29,7 +29,7 @@ class Worker:
                 loaded = auto.from_config(config, dtype=kind, attn_implementation="sdpa")
         self.model = loaded.to(self.device).eval()
         self.tokenizer: Any = None
-        self.folder = model
+        self.folder, self.random = model, random_weights is not None
         self._prefix: tuple[tuple[int, ...], Any] | None = None
         return {
             "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
@@ -55,6 +55,8 @@ class Worker:
 
     @torch.inference_mode()
     def request(self, text: str) -> dict[str, Any]:
+        if self.random:
+            raise Unsupported("random weights have no tokenizer")
         if self.tokenizer is None:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
             self.tokenizer(text)

@@ -1,8 +1,7 @@
-"""Worker: vLLM in this process, its scheduler driven by hand. Prefix caching is on and salted for each request.
+"""Worker: vLLM in this process, its scheduler driven by hand, with prefix caching on and a salt a request.
 
-The salt is what makes the modes honest: blocks are only found again under the salt they were computed with, so
-that "full" finds nothing and "prefix" finds what was computed for it just before, never an earlier round's
-question.
+The salt is what makes the modes honest: blocks are found again only under the salt they were computed with.
+"full" thus finds nothing, "prefix" what was computed for it just before, never an earlier round's question.
 """
 
 from __future__ import annotations
@@ -31,13 +30,12 @@ class Worker:
         self.params, self.one = vllm.SamplingParams, self._sampling(vllm.SamplingParams, 1)
         config = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))
         window = min(int(config.get("max_position_embeddings", max_tokens)), max_tokens + SLACK)
-        compiler = any(map(shutil.which, (os.environ.get("CXX") or "g++", "c++", "clang++")))
         self.llm = vllm.LLM(
             model=model,
             dtype=dtype,
             max_model_len=window,
             enable_prefix_caching=True,
-            enforce_eager=device == "cpu" and not compiler,
+            enforce_eager=_eager(device),
             kv_cache_memory_bytes=_kv_bytes(config, dtype, max(2 * window, 16384)),
             load_format="auto" if random_weights is None else "dummy",
             skip_tokenizer_init=random_weights is not None,
@@ -80,7 +78,8 @@ class Worker:
             raise Unsupported("random weights have no tokenizer")
         prompt = {"prompt": text, "cache_salt": self._salt()}
         begun = now_ms()
-        (out,) = self.llm.generate([prompt], self.one, use_tqdm=False)
+        as_it_is = {"add_special_tokens": False}  # the text is a rendered prompt
+        (out,) = self.llm.generate([prompt], self.one, use_tqdm=False, tokenization_kwargs=as_it_is)
         return {"ms": now_ms() - begun, "token": int(out.outputs[0].token_ids[0])}
 
     def decode(self, context: list[int], batch: int, steps: int) -> dict[str, Any]:
@@ -132,6 +131,14 @@ class Worker:
         while len(done) < len(names):
             done |= {out.request_id: out for out in self.engine.step() if out.finished}
         return [done[name] for name in names]
+
+
+def _eager(device: str) -> bool:
+    """Compiled, which is vLLM's default and faster, wherever there is a compiler. That takes a minute or two
+    the first time for each model; MEMOS_ENGINE_VLLM_EAGER=1 goes without."""
+    compilers = (os.environ.get("CXX") or "g++", "c++", "clang++")
+    lacking = device == "cpu" and not any(map(shutil.which, compilers))
+    return lacking or os.environ.get("MEMOS_ENGINE_VLLM_EAGER", "0") not in ("", "0")
 
 
 def _kv_bytes(config: dict[str, Any], dtype: str, tokens: int) -> int:

@@ -10,6 +10,7 @@ from memos_engine.bench.report.palette import light
 from memos_engine.bench.report.plots import legend_height, plain_axis, tidy_legend
 from memos_engine.bench.report.values import figure as written
 
+LABEL = 38  # letters of a name in a legend of two columns
 ROW = 0.215  # inches a bar takes
 
 
@@ -65,9 +66,16 @@ def short(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def bars_height(groups: Sequence[Group], floor: bool) -> float:
-    rows = sum(len(group.bars) + (1.5 if group.title else 0.6) for group in groups)
+def bars_height(groups: Sequence[Group], floor: bool, narrow: bool) -> float:
+    step = _step(groups, narrow)
+    rows = sum(len(group.bars) * step + (1.5 if group.title else 0.6) for group in groups)
     return rows * ROW + 0.6 + (0.3 if floor else 0)
+
+
+def _step(groups: Sequence[Group], narrow: bool) -> float:
+    """Rows a bar takes: two where its name stands above it, because a phone has no room beside it."""
+    longest = max((len(bar.name) for group in groups for bar in group.bars), default=0)
+    return 1.95 if narrow and longest > 18 else 1.0
 
 
 def bars(
@@ -76,42 +84,39 @@ def bars(
     groups: Sequence[Group],
     xlabel: str,
     floor: str = "",
-    most: float | None = None,
+    most: float = 0.0,
 ) -> None:
     """Horizontal bars, each with its name and value; headings stand above their group, where a phone has
-    room for them."""
+    room for them. floor: what the groups' floors are called; most: the axis reaches at least that far."""
     from matplotlib.lines import Line2D
     from matplotlib.transforms import blended_transform_factory
 
     axis = figure.add_subplot()
-    ends = [max(bar.value, bar.upto or 0) for group in groups for bar in group.bars]
-    top = most or max([*ends, 1e-12])
-    right = max(top, *ends, 0) if ends else top
-    left = min([0.0, *(bar.value for group in groups for bar in group.bars)])
-    heading = blended_transform_factory(figure.transFigure, axis.transData)
-    y, places, names = 0.0, [], []
+    every = [bar for group in groups for bar in group.bars]
+    right = max([most, 1e-12, *(max(bar.value, bar.upto or 0) for bar in every)])
+    edge = blended_transform_factory(figure.transFigure, axis.transData)
+    step, y, places, names = _step(groups, narrow), 0.0, [], []
     for group in groups:
-        y += 0.6 if not group.title else 1.5
+        y += 1.5 if group.title else 0.6
         if group.title:
             words = short(group.title, 44 if narrow else 90)
             axis.text(
-                0.008, y - 0.82, words, transform=heading, va="center", fontweight="bold", fontsize=10.5
+                0.008, y - 0.82, words, transform=edge, va="center", fontweight="bold", fontsize=10.5
             ).set_in_layout(False)
         first = y
         for bar in group.bars:
-            axis.barh(y, bar.value, height=0.78, color=light(bar.role), linewidth=0)
-            end = max(bar.value, 0.0)
-            if bar.upto is not None and bar.upto > bar.value:
-                axis.plot([bar.value, bar.upto], [y, y], color=light("muted"), lw=1.2, solid_capstyle="butt")
-                axis.plot([bar.upto], [y], marker="|", color=light("muted"), ms=6, mew=1.2)
-                end = bar.upto
-            axis.text(end + right * 0.012, y, bar.text, va="center", ha="left", fontsize=10.5)
-            places.append(y)
-            names.append(short(bar.name, 18 if narrow else 34))
-            y += 1
+            if step > 1:
+                words = short(bar.name, 44)
+                axis.text(0.008, y, words, transform=edge, va="center", fontsize=10).set_in_layout(False)
+            else:
+                places.append(y)
+                names.append(short(bar.name, 18 if narrow else 34))
+            _bar(axis, bar, y + step - 1, right)
+            y += step
         if group.floor is not None:
             axis.plot([group.floor] * 2, [first - 0.5, y - 0.5], color=light("ink"), lw=1.4, ls=(0, (3, 2)))
-    longest = max([len(bar.text) for group in groups for bar in group.bars] or [1])
+    longest = max([len(bar.text) for bar in every] or [1])
+    left = min([0.0, *(bar.value for bar in every)])
     axis.set_xlim(left, right * (1.04 + longest * (0.028 if narrow else 0.0135)))
     axis.set_ylim(y - 0.3, -0.1)
     axis.set_yticks(places, names)
@@ -124,6 +129,16 @@ def bars(
         axis.locator_params(axis="x", nbins=5)
     if floor:
         tidy_legend(figure, [Line2D([], [], color=light("ink"), lw=1.4, ls=(0, (3, 2)), label=floor)], 1)
+
+
+def _bar(axis: Any, bar: Bar, y: float, right: float) -> None:
+    axis.barh(y, bar.value, height=0.78, color=light(bar.role), linewidth=0)
+    end = max(bar.value, 0.0)
+    if bar.upto is not None and bar.upto > bar.value:
+        axis.plot([bar.value, bar.upto], [y, y], color=light("muted"), lw=1.2, solid_capstyle="butt")
+        axis.plot([bar.upto], [y], marker="|", color=light("muted"), ms=6, mew=1.2)
+        end = bar.upto
+    axis.text(end + right * 0.012, y, bar.text, va="center", ha="left", fontsize=10.5)
 
 
 def lines_height(narrow: bool, entries: int) -> float:
@@ -160,7 +175,12 @@ def lines(
         handles.append((line.y[-1], _line(axis, line)))
     for level in levels:
         handle = axis.axhline(
-            level.y, color=light(level.role), ls=level.style, lw=1.5, label=short(level.name, 48), zorder=1.5
+            level.y,
+            color=light(level.role),
+            ls=level.style,
+            lw=1.5,
+            label=short(level.name, LABEL),
+            zorder=1.5,
         )
         handles.append((level.y, handle))
     values = [v for line in series for v in (*line.y, *line.low, *line.high, *(u for u in line.upto if u))]
@@ -194,7 +214,7 @@ def _line(axis: Any, line: Line) -> Any:
         axis.plot([x, x], [y, upto], color=colour, lw=1.1, alpha=0.75)
         axis.plot([x], [upto], marker="_", ms=6, color=colour, alpha=0.75)
     (handle,) = axis.plot(
-        line.x, line.y, color=colour, ls=line.style, marker=line.marker, label=short(line.name, 48),
+        line.x, line.y, color=colour, ls=line.style, marker=line.marker, label=short(line.name, LABEL),
         lw=2.6 if line.heavy else 1.7, zorder=3 if line.heavy else 2.5,
         markeredgecolor=light("card") if line.marker not in "x|_+" else colour, markeredgewidth=0.8,
     )  # fmt: skip

@@ -121,7 +121,9 @@ def _bar_drawing(
     def paint(fig: Any, narrow: bool) -> None:
         charts.bars(fig, narrow, groups, xlabel, floor)
 
-    return Drawing(name, title, caption, alt, paint, lambda _: charts.bars_height(groups, bool(floor)))
+    return Drawing(
+        name, title, caption, alt, paint, lambda narrow: charts.bars_height(groups, bool(floor), narrow)
+    )
 
 
 def _lines(rows: Sequence[Row], x: str, y: str, upto: str = "") -> list[Line]:

@@ -120,7 +120,7 @@ def _shares(name: str, title: str, alt: str, groups: list[Group]) -> Drawing:
         )
 
     caption = "100 % would be as fast as the measured ceilings of this machine allow."
-    return Drawing(name, title, caption, alt, paint, lambda _: charts.bars_height(groups, True))
+    return Drawing(name, title, caption, alt, paint, lambda narrow: charts.bars_height(groups, True, narrow))
 
 
 def load(rows: Sequence[Row]) -> list[Drawing]:
@@ -249,5 +249,10 @@ def _reductions(model: str, groups: list[Group]) -> Drawing:
     )
     name = "-".join(w for w in ("table5", _plain(model)) if w)
     return Drawing(
-        name, title, caption, f"{title}. {said}.", paint, lambda _: charts.bars_height(groups, False)
+        name,
+        title,
+        caption,
+        f"{title}. {said}.",
+        paint,
+        lambda narrow: charts.bars_height(groups, False, narrow),
     )

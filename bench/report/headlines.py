@@ -16,6 +16,7 @@ from memos_engine.bench.report.values import (
     label,
     measured,
     number,
+    part,
     percent,
     records,
     samples,
@@ -248,12 +249,13 @@ def _table5(document: Document) -> Headline | None:
     if not rows:
         return None
     shares = [number(r, "reduction") or 0 for r in rows]
+    model = clean(rows[0].get("model") or part(document, "config").get("model"))
     paper = [v for r in rows if (v := number(r, "paper_reduction")) is not None]
     beside = f" The paper's own cells: {percent(min(paper))} to {percent(max(paper))}." if paper else ""
     meaning = (
         f"less time to first token in the median of {len(rows)} cells of the paper's Table 5; here "
         f"{percent(min(shares))} to {percent(max(shares))}, on "
-        f"{clean(rows[0].get('model')) or 'one model'}.{beside}"
+        f"{model or 'one model'}.{beside}"
     )
     value = percent(statistics.median(shares))
     return Headline("The paper's Table 5", value, meaning, _n(rows), _command(document))
@@ -309,5 +311,4 @@ def _compare(document: Document) -> Headline | None:
     )
     return Headline(
         "Regressions", figure(found), meaning, f"n = {len(rows)} values", _command(document),
-        "behind" if found else "level",
     )  # fmt: skip

@@ -217,16 +217,18 @@ def _all_rows(document: Document, command: str) -> str:
     if not table.rows:
         return ""
     words = f"All {len(table.rows)} measured rows"
-    return _fold(table, command, words, folded=len(table.rows) > LONG or bool(tables.overview(document)))
+    folded = len(table.rows) > LONG or bool(tables.overview(document))
+    return _fold(table, command, words, folded, kind=' class="rows"')
 
 
-def _fold(table: Table, command: str, words: str, folded: bool) -> str:
+def _fold(table: Table, command: str, words: str, folded: bool, kind: str = "") -> str:
     shown = table_html(table, command)
-    return f"<details><summary>{text(words)}</summary>{shown}</details>" if folded else shown
+    return f"<details{kind}><summary>{text(words)}</summary>{shown}</details>" if folded else shown
 
 
 def _more(table: Table) -> str:
-    return f"<details><summary>{text(table.caption)}</summary>{table_html(table, '')}</details>"
+    shown = table_html(table, "")
+    return f'<details class="rows"><summary>{text(table.caption)}</summary>{shown}</details>'
 
 
 def _notes(document: Document) -> str:
@@ -300,9 +302,9 @@ def _cell(cell: Cell, first: bool, paired: bool) -> str:
 
 
 def _width(cell: Cell) -> str:
-    """Long text gets room; only words too long for any column may break inside."""
+    """Long text gets room, short text stays on its line; only words too long for any column may break."""
     words = f"{cell.text} {cell.small}".split()
-    room = "long" if len(cell.text) > 40 else ""
+    room = "long" if len(cell.text) > 40 else "short" if len(cell.text) <= 14 and not cell.small else ""
     return f"{room} breaks".strip() if any(len(word) > 26 for word in words) else room
 
 

@@ -44,7 +44,7 @@ code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",mo
 nav ul{list-style:none;display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;padding:.8rem 0;margin:1.2rem 0 0;
  border-block:1px solid var(--line)}
 section{padding-top:3.2rem}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:1rem;
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr));gap:1rem;
  margin:1.2rem 0}
 .card{background:var(--surface);border:1px solid var(--line);border-radius:.75rem;padding:1.1rem 1.2rem 1rem;
  display:flex;flex-direction:column}
@@ -99,6 +99,7 @@ tbody th{font-weight:500;min-width:6rem;max-width:22rem}
 td{min-width:3rem;max-width:30rem}
 td.text{min-width:5rem}
 td.long,th.long{min-width:13rem}
+td.short{white-space:nowrap}
 .breaks{overflow-wrap:anywhere;min-width:8rem}
 .num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 thead th.num{white-space:normal;min-width:4.6rem}
@@ -130,17 +131,17 @@ footer{padding-block:3rem;color:var(--muted);font-size:.9rem}
 @media print{
  :root{color-scheme:light}
  @page{margin:14mm}
- body{font-size:9.5pt;background:#fff}
+ html{font-size:9pt}body{background:#fff}
  main,header,footer{max-width:none;padding-inline:0}
  nav,.skip{display:none}
  section{padding-top:1.4rem}
  .card,figure,.tablebox,tr{break-inside:avoid}
  h2,h3,figcaption{break-after:avoid}
  .scroll{overflow:visible;border:0}
- table{font-size:7.5pt}th,td{padding:.15rem .35rem}
- td,th,td.text,td.long,thead th.num,tbody th{min-width:0;overflow-wrap:anywhere}
+ th,td{padding:.2rem .4rem}td,th,td.text,td.long,thead th.num,tbody th{min-width:0}
  .plots{grid-template-columns:1fr 1fr}
- details::details-content{content-visibility:visible;block-size:auto}
+ .plot.wide{display:none}.plot.narrow{display:block}
+ details:not(.rows)::details-content{content-visibility:visible;block-size:auto}
 }
 """
 

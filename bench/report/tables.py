@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from memos_engine.bench.report.cells import Cell, Table, cell, numeric, title
+from memos_engine.bench.report.cells import Cell, Table, cell, numeric, title, verdict_tone
 from memos_engine.bench.report.standings import Standing
 from memos_engine.bench.report.values import (
     STATUSES,
@@ -49,6 +49,10 @@ HIDDEN = {
 }
 
 
+# What an overview has room for where there is only one size.
+EXTRAS = ("tokens_per_s", "share_of_limit", "same_first_token")
+
+
 def listing(document: Document) -> Table:
     """Every measured row with every value it has; columns that no row fills are left out."""
     rows = measured(records(document))
@@ -77,6 +81,8 @@ def overview(document: Document) -> list[Table]:
         return _decode_overview(rows)
     if bench == "quality":
         return _quality_overview(rows)
+    if bench == "compare":
+        return _changes(rows)
     return []
 
 
@@ -97,6 +103,27 @@ def _ttft_overview(rows: Sequence[Row]) -> list[Table]:
         if table is not None:
             tables.append(table)
     return tables
+
+
+def _changes(rows: Sequence[Row]) -> list[Table]:
+    """What differs between two results, regressions first; nothing that is the same or unclear."""
+    quiet = ("same", "unclear", "reference", "no reference", "not measured", None)
+    found = [row for row in rows if row.get("verdict") not in quiet]
+    found.sort(key=lambda row: (not row.get("regression"), -abs((number(row, "ratio") or 1) - 1)))
+    table = Table(
+        f"What changed, {len(found)} of {len(rows)}",
+        [Cell("row"), *(Cell(k, numeric=True) for k in ("a", "b", "b / a")), Cell("verdict")],
+    )
+    for row in found:
+        low, high = number(row, "low"), number(row, "high")
+        interval = f"{figure(low)} to {figure(high)}" if low is not None and high is not None else ""
+        values = [Cell(cell(row, key).text, numeric=True) for key in ("a", "b")]
+        ratio = Cell(cell(row, "ratio").text, interval, numeric=True)
+        verdict = clean(row.get("verdict"))
+        said = Cell(verdict, clean(row.get("why")), tone=verdict_tone(verdict))
+        name = Cell(clean(row.get("row"), 120), clean(row.get("metric")))
+        table.add([name, *values, ratio, said], ours=is_ours(row))
+    return [table] if found else []
 
 
 def _stages(rows: Sequence[Row]) -> list[Table]:
@@ -179,8 +206,9 @@ def _pivot(caption: str, rows: Sequence[Row], across: str, unit: str, p50: str, 
     sizes = sorted({value for row in rows if (value := number(row, across))})
     if not sizes:
         return None
-    head = [Cell("system")] + [Cell(f"{figure(size)} {unit}", numeric=True) for size in sizes]
-    table = Table(caption, head)
+    extras = [key for key in EXTRAS if len(sizes) == 1 and numeric(rows, key)]
+    head = [Cell("system"), *(Cell(f"{figure(size)} {unit}", numeric=True) for size in sizes)]
+    table = Table(caption, [*head, *(Cell(title(key), numeric=True) for key in extras)])
     for name in dict.fromkeys(label(row) for row in rows):
         own = [row for row in rows if label(row) == name]
         cells = [Cell(system_name(own[0].get("system")), mode_name(own[0]))]
@@ -191,6 +219,7 @@ def _pivot(caption: str, rows: Sequence[Row], across: str, unit: str, p50: str, 
         if bare and not any(c.text for c in cells[1:]):
             cells[1:] = [_median(bare, p50, p95)] * len(sizes)
         if any(c.text for c in cells[1:]):
+            cells += [cell(own[0], key) for key in extras]
             table.add(cells, ours=any(is_ours(row) for row in own))
     return table if table.rows else None
 

@@ -14,8 +14,9 @@ def summary_of(found: Sequence[Standing]) -> tuple[str, list[tuple[str, str]]]:
     """One sentence over all comparable groups, then each system that is ahead, and where."""
     ahead, level, behind = ([s for s in found if s.verdict == v] for v in ("ahead", "level", "behind"))
     groups = "1 comparable group" if len(found) == 1 else f"{len(found)} comparable groups"
-    words = f"Ours is first in {len(ahead)} of {groups}, level with another system in {len(level)}"
-    words += f" and behind in {len(behind)}" + (":" if behind else ". ")
+    words = f"Ours is first in {len(ahead)} of {groups}"
+    words += f", level with another system in {len(level)}" if level else ""
+    words += f" and behind in {len(behind)}:" if behind else ". "
     if not behind:
         words += "Where others may be ahead outside these groups has not been measured."
     lines = []
@@ -24,7 +25,7 @@ def summary_of(found: Sequence[Standing]) -> tuple[str, list[tuple[str, str]]]:
         factors = sorted(_inverse(s.lead.value) for s in own)
         spread = " to ".join(dict.fromkeys(times(factor) for factor in (factors[0], factors[-1])))
         groups_of = sum(s.route == route for s in found)
-        sure = "" if all(s.firm for s in own) else " No samples behind some of these, so no interval."
+        sure = "" if all(s.firm for s in own) else " Some of these have too few samples for an interval."
         where = _together([s.group for s in own])
         plural = "" if groups_of == 1 else "s"
         said = f"{rival} is ahead {spread} in {len(own)} of {groups_of} group{plural}: {route}."
@@ -57,7 +58,7 @@ def lead_words(item: Standing) -> tuple[str, str]:
         )
         ends = (lead.low, lead.high)
     if not item.firm:
-        return main, "no samples, no interval"
+        return main, "too few samples for an interval"
     return main, f"95 % interval {figure(ends[0])} to {figure(ends[1])}"
 
 

@@ -140,12 +140,34 @@ def _print(document: dict[str, Any]) -> None:
     """The rows that were measured, those that were not with their reasons, the ratios, the notes."""
     from memos_engine.bench.report import tables
 
-    found = [tables.listing(document), tables.missing(document), tables.ratios(document)]
+    if document["bench"] == "compare":
+        found = tables.overview(document)
+    else:
+        found = [tables.listing(_narrow(document)), tables.missing(document), tables.ratios(document)]
     for table in [t for t in found if t is not None and t.rows]:
         rows = [[f"{c.text} ({c.small})" if c.small else c.text for c in row] for row in table.rows]
         show_table([c.text for c in table.head], rows, title=table.caption)
     for note in document.get("notes", ()):
         notes.print(f"note: {note}", style="dim")
+
+
+# What a terminal has room for; the JSON and the report hold every column.
+_COLUMNS = {
+    "ttft": "system mode scope context tier ttft_ms_p50 ttft_ms_p95 share_of_limit same_first_token",
+    "decode": "system context batch ms_per_token_p50 ms_per_token_p95 tokens_per_s share_of_limit",
+    "quality": "method memories recompute kl_mean kl_token1 top1 answer_f1 answer_contains n",
+    "kernels": "op shape backend us_p50 share_of_limit",
+    "load": "mode traffic offered_per_s clients met_share goodput_per_s ttft_ms_p50 ttft_ms_p95 itl_ms_p50",
+    "paper-table5": "context query build_ms direct_ms ours_ms reduction break_even paper_reduction",
+}
+
+
+def _narrow(document: dict[str, Any]) -> dict[str, Any]:
+    if document["bench"] not in _COLUMNS:
+        return document
+    wanted = {*_COLUMNS[document["bench"]].split(), "status", "reason"}
+    rows = [{k: v for k, v in row.items() if k in wanted} for row in document["rows"]]
+    return {**document, "rows": rows}
 
 
 for _bench, _summary in {
@@ -227,6 +249,7 @@ def bench_peers(
 @bench_app.command("report")
 def bench_report(
     folder: Annotated[Path, typer.Argument(help="Folder that holds results of `bench --out`.")],
+    as_json: JsonOption = False,
 ) -> None:
     """Write the HTML report and its PNGs once more from the results in a folder."""
     from memos_engine.bench import report
@@ -238,5 +261,9 @@ def bench_report(
         raise ReportFolderError(
             f"{folder} holds no result; make one with `memos-engine bench all --out DIR`."
         )
-    for path in report.write(writable(folder), documents):
-        console.print(str(path))
+    written = [str(path) for path in report.write(writable(folder), documents)]
+    if as_json:
+        emit({"written": written})
+        return
+    for path in written:
+        console.print(path)

@@ -17,7 +17,7 @@ from memos_engine.bench import report
 from memos_engine.bench.report import palette, style, values
 from memos_engine.bench.report.headlines import headlines
 from memos_engine.bench.report.standings import standings
-from memos_engine.bench.report.tables import listing
+from memos_engine.bench.report.tables import listing, overview
 
 documents = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("report_documents.py"))))
 
@@ -244,6 +244,44 @@ def test_documents_of_earlier_versions_are_shown():
     page = Page(report.build(found)[0])
     assert page.has("Spliced memory")
     assert page.has("memos-engine bench ttft")
+
+
+def test_where_the_time_of_a_request_goes_has_a_table_of_its_own():
+    rows = documents.ttft_rows()
+    rows[2]["stages_ms"] = {"retrieve": 1.5, "splice": 0.25}
+    found = documents.document("ttft", rows)
+    stages = overview(found)[-1]
+    assert [cell.text for cell in stages.head] == ["system", "retrieve", "splice"]
+    assert [cell.text for cell in stages.rows[0]] == ["memos_engine", "1.50", "0.25"]
+    assert "stages ms" not in [cell.text for cell in listing(found).head]
+
+
+def test_a_comparison_shows_what_changed_and_hides_what_did_not():
+    rows = [
+        {"row": "a", "metric": "x", "a": 1.0, "b": 1.0, "ratio": 1.0, "verdict": "same"},
+        {"row": "b", "metric": "x", "a": 1.0, "b": 9.0, "ratio": 9.0, "verdict": "faster"},
+        {
+            "row": "c",
+            "metric": "x",
+            "a": 1.0,
+            "b": 2.0,
+            "ratio": 2.0,
+            "verdict": "slower",
+            "regression": True,
+        },
+    ]
+    found = documents.document("compare", rows, ratios=[], regressions=1)
+    assert [row[0].text for row in overview(found)[0].rows] == ["c", "b"]
+    page = Page(report.build([found])[0])
+    assert page.has("What changed, 2 of 3")
+    assert page.has("All 3 measured rows")
+
+
+def test_shares_above_the_limit_are_called_out():
+    rows = documents.ttft_rows()
+    rows[0]["share_of_limit"] = 2.25
+    page = Page(report.build([documents.document("ttft", rows)])[0])
+    assert page.has("Rows above 100 % of the limit: 1.")
 
 
 def test_headlines_carry_meaning_count_and_command():

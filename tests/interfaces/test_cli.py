@@ -133,20 +133,47 @@ def test_expected_errors_are_one_line(arguments, kind, monkeypatch, capsys):
     assert "Traceback" not in captured.err
 
 
-def test_bench_ttft_gives_the_documented_rows(tiny_folder):
-    document = data(
+def test_bench_writes_json_and_a_report_and_compares(tiny_folder, tmp_path):
+    arguments = (
         "bench", "ttft", "--model", tiny_folder, "--dtype", "float32", "--context", 96, "--query", 16,
-        "--memories", 3, "--n", 2,
+        "--memories", 3, "--n", 2, "--peers", "none", "--out", tmp_path,
     )  # fmt: skip
+    document = data(*arguments)
     assert document["bench"] == "ttft"
     assert {"version", "machine", "config", "rows"} <= set(document)
-    rows = {(r["system"], r["mode"]): r for r in document["rows"]}
-    ours = {("memos_engine", m) for m in ("full", "prefix", "splice", "query_only")}
-    assert set(rows) == ours | {("transformers", "full")}
-    keys = "scope reuse context query memories recompute dtype tier ttft_ms_p50 ttft_ms_p95 same_first_token"
-    assert set(keys.split()) <= set(rows["memos_engine", "splice"])
-    assert rows["transformers", "full"]["same_first_token"] == 1.0
-    assert rows["memos_engine", "prefix"]["same_first_token"] == 1.0
+    assert {r["mode"] for r in document["rows"]} == {"full", "prefix", "splice", "query_only"}
+    written = json.loads((tmp_path / "ttft.json").read_text())
+    assert written["rows"] == document["rows"]
+    assert "<html" in (tmp_path / "report.html").read_text()
+    path = tmp_path / "ttft.json"
+    compared = data("bench", "compare", path, path)
+    assert compared["regressions"] == 0
+    assert data("bench", "report", tmp_path)["written"][0].endswith("report.html")
+    assert "spliced / own full prefill" in " ".join(run(*arguments, "--resume").stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (["bench", "compare", "missing.json", "missing.json"], "ReportFolderError"),
+        (["bench", "report", "missing"], "ReportFolderError"),
+        (["bench", "decode", "--random-weights", "nonsense"], "ConfigError"),
+        (["bench", "roofline", "--quick", "--out", "/proc/no/such"], "ReportFolderError"),
+        (["bench", "quality", "--data", "missing"], "DatasetError"),
+    ],
+)
+def test_bench_refuses_in_one_line(arguments, kind, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["memos-engine", *arguments, "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    assert json.loads(capsys.readouterr().out)["error"] == kind
+
+
+def test_bench_peers_are_listed_with_their_reasons():
+    rows = {row["name"]: row for row in data("bench", "peers")}
+    assert rows["transformers"]["installed"] is True
+    assert rows["flashinfer"]["why"]
 
 
 @pytest.mark.smollm2
