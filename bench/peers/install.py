@@ -34,7 +34,7 @@ _UNUSED = ("torch", "torchaudio", "torchvision", "torchcodec")
 
 
 class PeerInstallError(MemosEngineError):
-    """A peer's environment could not be made; nothing of it is used."""
+    """A peer's environment could not be made; nothing of it was kept."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,15 @@ def _build(name: str, recipe: Recipe, folder: Path, progress: Progress) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     progress(f"{name}: making {folder}")
+    try:
+        _fill(name, recipe, folder, progress)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # gigabytes that nothing would use
+        raise
+    registry.marker(folder).write_text(recipe_text(recipe) + "\n", encoding="utf-8")
+
+
+def _fill(name: str, recipe: Recipe, folder: Path, progress: Progress) -> None:
     _run(name, [sys.executable, "-m", "venv", str(folder)])
     python = str(registry.python_in(folder))
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet"]
@@ -148,7 +157,6 @@ def _build(name: str, recipe: Recipe, folder: Path, progress: Progress) -> None:
             _run(name, [*pip, "install", "--no-deps", str(wheel)])
     progress(f"{name}: trying it")
     _run(name, [python, "-c", recipe.proof], "its import fails")
-    registry.marker(folder).write_text(recipe_text(recipe) + "\n", encoding="utf-8")
 
 
 def requirements_of(wheel: Path) -> list[str]:
@@ -179,7 +187,7 @@ def _run(name: str, argv: list[str], what: str = "") -> None:
     last = (errors or lines or [f"status {done.returncode}"])[-1][:500]
     step = what or f"`{' '.join(['python', *argv[1:]])}` failed"
     raise PeerInstallError(
-        f"{name} could not be set up: {step}: {last} Check that pip reaches a package index from here (pip's "
-        "own configuration is used) and that the disk has room, then run "
-        f"`memos-engine bench peers --install --only {name}` again; nothing half-made is used."
+        f"{name} could not be set up: {step}: {last.rstrip('.')}. Check that pip reaches a package index "
+        "from here (pip's own configuration is used) and that the disk has room, then run "
+        f"`memos-engine bench peers --install --only {name}` again; nothing half-made was kept."
     )

@@ -15,6 +15,7 @@ from typing import Any
 from serve import Unsupported, now_ms, serve
 
 SLACK = 128  # tokens beyond the longest sequence; one block
+KV_BYTES = 1 << 30  # at least, for the rows of a batch
 
 
 class Worker:
@@ -36,7 +37,7 @@ class Worker:
             max_model_len=window,
             enable_prefix_caching=True,
             enforce_eager=_eager(device),
-            kv_cache_memory_bytes=_kv_bytes(config, dtype, max(2 * window, 16384)),
+            kv_cache_memory_bytes=max(_kv_bytes(config, dtype, 2 * window), KV_BYTES),
             load_format="auto" if random_weights is None else "dummy",
             skip_tokenizer_init=random_weights is not None,
             seed=0,
