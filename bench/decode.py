@@ -23,8 +23,8 @@ def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
     check_systems(options)
     contexts = options.contexts or (1024,)
     batches = options.batches or ((1,) if options.quick else (1, 8))
-    steps = 12 if options.quick else 24
-    rounds = options.rounds(5, 4) + WARMUP
+    steps = 16 if options.quick else 24
+    rounds = options.rounds(4, 4) + WARMUP
     with open_target(options) as target:
         document = Document("decode", options)
         ceilings = roofline.ceilings_for(document, options)

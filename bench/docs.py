@@ -98,13 +98,14 @@ def _machine(documents: Documents) -> str:
         for system in document["machine"].get("systems", {}).values():
             versions |= {k: v for k, v in system.items() if k not in ("memos_engine", "torch")}
     peers = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    stolen = max(d["machine"].get("steal_share", 0.0) for d in made)
     loads = sorted(d["machine"]["load_average"] for d in made)
     first, last = (moment[:16].replace("T", " ") for moment in (first, last))
     return (
         f"{machine['cores']} cores of {machine['cpu']} (kernel level `{machine['ops']['cpu']['isa']}`), "
         f"{machine['memory_gib']} GiB, {machine['threads']} threads; torch {machine['torch']}, {peers}. "
         f"Measured {first} to {last} UTC at commit {', '.join(commits)}; 1-minute load at the start of each "
-        f"bench {loads[0]} to {loads[-1]}."
+        f"bench {loads[0]} to {loads[-1]}, at most {100 * stolen:.1f} % of processor time stolen by the host."
     )
 
 

@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from memos_engine.bench.machine import machine
+from memos_engine.bench.machine import cpu_ticks, machine
 from memos_engine.bench.options import Options
 
 from memos_engine.errors import MemosEngineError
@@ -39,6 +39,7 @@ class Document:
         self.path = None if options.out is None else result_path(writable(options.out), bench)
         self._begun = time.perf_counter()
         self._before = 0.0
+        self._ticks = cpu_ticks()
         self.data: dict[str, Any] = {
             "bench": bench,
             "version": VERSION,
@@ -93,6 +94,10 @@ class Document:
             self.note(f"--resume found {path.name} of another configuration, commit or machine: begun anew.")
 
     def _write(self) -> None:
+        ticks = cpu_ticks()
+        if ticks is not None and self._ticks is not None:
+            steal, all_ = (now - then for now, then in zip(ticks, self._ticks, strict=True))
+            self.data["machine"]["steal_share"] = round(steal / max(1, all_), 4)
         self.data["seconds"] = round(self._before + time.perf_counter() - self._begun, 1)
         if self.path is not None:
             write_atomically(self.path, json.dumps(self.data, ensure_ascii=False) + "\n")

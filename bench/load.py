@@ -24,7 +24,7 @@ MODES = ("splice", "full")
 POOL, SPAN, TAKEN, QUERY, ANSWER = 24, 256, 4, 32, 16
 OFFERED = (0.4, 0.7, 1.0, 1.4)  # shares of what one client of the spliced engine gets through
 CLIENTS = (1, 4)
-SECONDS = (20.0, 6.0)  # of traffic for each row; with --quick the second
+SECONDS = (15.0, 4.0)  # of traffic for each row; with --quick the second
 
 
 def run(options: Options, progress: Progress = silent) -> dict[str, Any]:

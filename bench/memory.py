@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from memos_engine.bench.document import Document
@@ -28,7 +29,8 @@ def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
     if options.random_weights is not None or options.device != "cpu":
         raise ConfigError("bench memory measures a pulled model on the CPU; leave those options out.")
     document = Document("memory", options)
-    dtypes = (options.resolved_dtype,) if options.dtype != "auto" else ("bfloat16", "float32")
+    both = options.dtype == "auto" and not options.quick
+    dtypes = ("bfloat16", "float32") if both else (options.resolved_dtype,)
     for done, dtype in enumerate(dtypes):
         progress(dtype, done, len(dtypes))
         if not document.has(dtype):
@@ -88,4 +90,12 @@ def child() -> None:
 
 
 def _peak_mb() -> float:
+    """Peak resident memory of this program. getrusage would also count the process that started it, from
+    before its image was replaced."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

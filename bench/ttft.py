@@ -7,6 +7,7 @@ Engine scope (token ids in, first token out, records in host memory) is measured
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from memos_engine.bench.workload import Workload, Workloads
 OWN_MODES = ("full", "prefix", "splice", "query_only")
 REUSE = {"full": "none", "prefix": "prefix", "splice": "pages", "query_only": "none"}
 WARMUP = 2
+REPEATS = 3  # of a short request in one turn; its median is the turn's sample
 
 
 def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
@@ -38,30 +40,37 @@ def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
         document = Document("ttft", options)
         ceilings = roofline.ceilings_for(document, options)
         limits = Limits(target.spec, options.resolved_dtype, ceilings)
-        rounds = options.rounds(9, 7) + WARMUP
+        rounds = {case: _rounds(options, case[0]) for case in cases}
+        asked = options.rounds(9, 7) + WARMUP
         wanted = target.random is None  # request scope needs a tokenizer, and a window for its prompts
         if wanted and target.spec.max_positions < request.TOKENS:
             wanted = False
             document.note(f"request scope is left out: it needs a window of {request.TOKENS} tokens")
-        total, begun = (len(cases) + wanted) * rounds, 0
+        total, begun = sum(rounds.values()) + wanted * asked, 0
         longest = max(longest, request.TOKENS if wanted else 0)
         with open_systems(options, target, longest, document) as systems:
             for case in cases:
                 unit = _unit(case)
                 if not document.has(unit):
                     rows, ratios = _measure(
-                        case, made[case], systems, limits, rounds, options.seed,
+                        case, made[case], systems, limits, rounds[case], options.seed,
                         rounds_shown(progress, unit, begun, total),
                     )  # fmt: skip
                     document.add(unit, rows, ratios)
-                begun += rounds
+                begun += rounds[case]
             if wanted and not document.has("request"):
                 rows, ratios = request.measure(
-                    options, target, limits, systems, rounds, document,
+                    options, target, limits, systems, asked, document,
                     rounds_shown(progress, "request scope", begun, total),
                 )  # fmt: skip
                 document.add("request", rows, ratios)
         return document.finish()
+
+
+def _rounds(options: Options, context: int) -> int:
+    """Warm-up included. Long prompts, of which a round takes a minute, get fewer unless the options say how
+    many."""
+    return options.rounds(9 if context <= 1024 else 4, 7) + WARMUP
 
 
 def _unit(case: tuple[int, int, int]) -> str:
@@ -82,10 +91,10 @@ def _measure(
     rng = random.Random(seed)
     inputs = [
         {
-            "fresh": work.parts(rng.sample(range(memories), memories), asked),
-            "fixed": work.parts(range(memories), asked),
+            "fresh": [work.parts(rng.sample(range(memories), memories), asked) for asked in round_],
+            "fixed": [work.parts(range(memories), asked) for asked in round_],
         }
-        for asked in range(rounds)
+        for round_ in (range(i * REPEATS, (i + 1) * REPEATS) for i in range(rounds))
     ]
     arms = [
         Arm(name, mode, partial(_first_token, systems, name, mode))
@@ -112,12 +121,14 @@ def _measure(
 
 
 def _first_token(systems: Systems, name: str, mode: str, given: dict[str, Any]) -> dict[str, Any]:
-    """One request. What reuses a prefix gets the order it knows, with a question it does not know; our own
-    then also computes that prompt in full, untimed, to tell whether the token is right."""
-    parts = given["fixed" if mode == "prefix" else "fresh"]
-    answer: dict[str, Any] = systems.call(name, "first_token", mode=mode, parts=parts)
+    """A system's turn: one full prefill, or the median of REPEATS short requests, each with another order
+    and question. What reuses a prefix gets the order it knows, with a question it does not know; our own then
+    also computes that prompt in full, untimed, to tell whether the token is right."""
+    prompts = given["fixed" if mode == "prefix" else "fresh"][: 1 if mode == "full" else REPEATS]
+    answers = [systems.call(name, "first_token", mode=mode, parts=parts) for parts in prompts]
+    answer: dict[str, Any] = {**answers[0], "ms": statistics.median(a["ms"] for a in answers)}
     if (name, mode) == (OURS, "prefix"):
-        answer["truth"] = systems.call(name, "first_token", mode="full", parts=parts)["token"]
+        answer["truth"] = systems.call(name, "first_token", mode="full", parts=prompts[0])["token"]
     return answer
 
 

@@ -58,7 +58,7 @@ class Worker:
         before = ids[: len(ids) - len(parts[-1])]
         self._open(self.slots, len(ids))
         if mode == "prefix":
-            self._ask(before or ids, n_predict=0, cache_prompt=False)
+            self._ask(before or ids, n_predict=0, cache_prompt=True)  # what the slot still holds is kept
         elif mode != "full":
             raise Unsupported(f"llamacpp has no mode {mode!r}")
         return self._timed(ids, cache_prompt=mode == "prefix" and bool(before))

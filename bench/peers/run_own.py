@@ -50,10 +50,11 @@ class Worker:
         }
 
     def first_token(self, mode: str, parts: list[list[int]]) -> dict[str, Any]:
-        self.engine.forget_prefixes()
-        if mode == "prefix":
+        if mode != "prefix":
+            self.engine.forget_prefixes()
+        else:
             before = tuple(t for part in parts[:-1] for t in part)
-            list(self.engine.generate([TextSpan(before)], _ONCE))  # its pages are there now
+            list(self.engine.generate([TextSpan(before)], _ONCE))  # now its pages are there
         whole = self._spans("full" if mode == "prefix" else mode, parts)
         (out,) = self.engine.generate(whole, _ONCE)
         stats = out.sequence.stats

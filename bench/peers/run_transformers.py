@@ -44,7 +44,8 @@ class Worker:
         start = len(ids) - len(parts[-1]) if mode == "prefix" else 0
         prefix = tuple(ids[:start])
         cache = self._cache(prefix) if prefix else None
-        self._prefix = None  # if the next lines fail, the cache is not what its ids say
+        if cache is not None:
+            self._prefix = None  # if the next lines fail, the cache is not what its ids say
         begun = now_ms()
         token = self._token(self._forward(ids[start:], cache))
         ms = now_ms() - begun

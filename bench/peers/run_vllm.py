@@ -48,6 +48,7 @@ class Worker:
         self.block = int(settings.cache_config.block_size)
         self.blocks = int(settings.cache_config.num_gpu_blocks or 0)
         self.window, self.text, self.sent = window, random_weights is None, 0
+        self.known: tuple[list[int], str] = [], ""
         mode = "compiled" if settings.compilation_config.mode else "eager"
         chunk = settings.scheduler_config.max_num_batched_tokens
         return {
@@ -64,6 +65,9 @@ class Worker:
         salt = self._salt()
         if mode == "prefix":
             before = ids[: len(ids) - len(parts[-1])]
+            if self.known[0] == before:
+                salt = self.known[1]  # its blocks are there, unless others have pushed them out since
+            self.known = before, salt
             if before:
                 self._finish([self._add(before, salt, self.one)])
         elif mode != "full":
