@@ -68,7 +68,7 @@ def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
     in every one of them is long."""
     check_systems(options)
     contexts = options.contexts or (CONTEXTS[:2] if options.quick else CONTEXTS)
-    queries = options.queries or (QUERIES[::2] if options.quick else QUERIES)
+    queries = options.queries or (QUERIES[1:2] if options.quick else QUERIES)
     cells = [(context, query) for context in contexts for query in queries]
     rounds = options.rounds(3, 3) + WARMUP
     with open_target(options) as target:

@@ -70,7 +70,7 @@ def run(options: Options, progress: Progress = silent, methods: Sequence[Method]
     """Returns the result document; a unit is a block of prompts with one number of memories."""
     options = _checked(options)
     dataset = load(options.dataset, options.data)
-    rounds = min(options.rounds(100, 12), len(dataset.questions))
+    rounds = min(options.rounds(100, 10), len(dataset.questions))
     counts = tuple(dict.fromkeys(options.memories)) or ((3,) if options.quick else (3, 8))
     blocks = [(count, first) for count in counts for first in range(0, rounds, BLOCK)]
     units = [f"{count} memories, prompts {a + 1}-{min(a + BLOCK, rounds)}" for count, a in blocks]
