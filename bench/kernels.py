@@ -199,8 +199,8 @@ class _Maker:
         copies = [[torch.empty_like(part) for part in record] for record in records]
 
         def ours(i: int) -> None:
-            j = i % _RECORDS
-            self.backend.splice_kv(*records[j], *places[j], slots, positions, table)
+            (k, v), (k_pages, v_pages) = records[i % _RECORDS], places[i % _RECORDS]
+            self.backend.splice_kv(k, v, k_pages, v_pages, slots, positions, table)
 
         def plain(i: int) -> None:
             j = i % _RECORDS
