@@ -111,7 +111,7 @@ def _machine(documents: Documents) -> str:
 
 def _headline(document: dict[str, Any]) -> str:
     rows = [r for r in document["rows"] if r.get("scope") == "engine" and "status" not in r]
-    wanted = [("memos_engine", "full"), ("memos_engine", "splice")]
+    wanted = [("memos_engine", mode) for mode in ("full", "prefix", "splice")]
     peers = dict.fromkeys(r["system"] for r in rows if r["system"] != "memos_engine")
     wanted = [(p, m) for p in peers for m in ("full", "prefix")] + wanted
     contexts = sorted({r["context"] for r in rows if r["mode"] == "splice"})
