@@ -131,12 +131,12 @@ def writable(folder: Path) -> Path:
         raise ReportFolderError(f"--out {folder}: results cannot be written there ({error}).") from error
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file holds the old text or the new one, never a part."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """The file holds the old content or the new one, never a part."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:

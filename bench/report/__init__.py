@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +21,10 @@ def write(folder: Path, documents: Sequence[Document]) -> list[Path]:
     writable(folder)
     path = folder / "report.html"
     write_atomically(path, page)
-    return [path, *(_write_bytes(folder / f"{plot.name}.png", plot.png) for plot in plots)]
+    pictures = [folder / f"{plot.name}.png" for plot in plots]
+    for picture, plot in zip(pictures, plots, strict=True):
+        write_atomically(picture, plot.png)
+    return [path, *pictures]
 
 
 def build(documents: Sequence[Document]) -> tuple[str, list[Plot]]:
@@ -43,18 +43,3 @@ def build(documents: Sequence[Document]) -> tuple[str, list[Plot]]:
         plots[i] = draw(named)
     page: str = render(documents, plots, available())
     return page, [plot for own in plots.values() for plot in own]
-
-
-def _write_bytes(path: Path, content: bytes) -> Path:
-    """The file holds the old bytes or the new ones, never a part."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
-    return path
