@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from memos_engine.config import SamplingParams
 from memos_engine.decoder.engine import DecoderEngine
-from memos_engine.decoder.layers import KVCapture, StepInput
+from memos_engine.decoder.layers import KVCapture
 from memos_engine.decoder.sequence import Sequence as Request
 from memos_engine.decoder.sequence import Span, TextSpan
 from memos_engine.errors import MemosEngineError
@@ -95,7 +94,7 @@ def forward(
     model = engine.runner.model
     out: list[Tensor] = []
     for run in _runs([len(own) for own in rows], ROWS):
-        step = _joined([engine.runner.step_input(requests[i], list(rows[i])) for i in run])
+        step = engine.runner.step_input([(requests[i], list(rows[i])) for i in run])
         ends = step.query_start[1:].tolist()
         last = [torch.arange(end - wanted[i], end) for i, end in zip(run, ends, strict=True)]
         hidden = model.forward(step, engine.runner.cache, rows=torch.cat(last), capture=capture)
@@ -232,18 +231,3 @@ def _runs(sizes: Sequence[int], most: int) -> list[list[int]]:
         runs[-1].append(index)
         room -= size
     return runs
-
-
-def _joined(steps: Sequence[StepInput]) -> StepInput:
-    """One ragged step of several; shorter block tables end in the null block."""
-    widest = max(step.block_table.shape[1] for step in steps)
-    counts = [0, *(step.token_ids.shape[0] for step in steps)]
-    tables = [F.pad(step.block_table, (0, widest - step.block_table.shape[1])) for step in steps]
-    return StepInput(
-        token_ids=torch.cat([step.token_ids for step in steps]),
-        positions=torch.cat([step.positions for step in steps]),
-        slot_mapping=torch.cat([step.slot_mapping for step in steps]),
-        query_start=torch.tensor(list(accumulate(counts)), dtype=torch.int32),
-        block_table=torch.cat(tables),
-        seq_lens=torch.cat([step.seq_lens for step in steps]),
-    )

@@ -167,8 +167,9 @@ def wrong_positions(case: Case, share: float) -> Plan:
         k = record.k.clone()
         first = case.anchor.num_tokens
         positions = torch.arange(first, first + record.num_tokens, dtype=torch.int32, device=k.device)
-        for layer in k:
-            model.ops.rope(layer, positions, model.cos_sin)
+        for layer, table in zip(k, model.tables, strict=True):
+            if table is not None:
+                model.ops.rope(layer, positions, table)
         turned.append(replace(record, k=k))
     return _refined(case, (case.memories[0], *turned), ())
 

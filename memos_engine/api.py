@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from memos_engine.activation import ActivationMemory, Miss
+from memos_engine.chats import Chat, Chats
 from memos_engine.config import SYSTEM_PROMPT, DecoderConfig, MemoryConfig, SamplingParams
 from memos_engine.decoder.engine import DecoderEngine, StepOutput
 from memos_engine.decoder.live import LiveWeights
@@ -63,6 +64,7 @@ class MemoryEngine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.activation: ActivationMemory | None = None
         self.live: LiveWeights | None = None
+        self.chats = Chats(decoder)
         self._embedder = embedder
         self._operator: MemOperator | None = None
         if store is not None:
@@ -205,16 +207,19 @@ class MemoryEngine:
         form: str | None = None,
         max_memories: int | None = None,
         answer: int = 1,
+        chat: Chat | None = None,
     ) -> Prepared:
         """Retrieves, plans and lays out: head | memories | tail.
 
         head: ids in front of the memories (the anchor, perhaps history); tail: ids behind them; answer:
-        tokens the caller may want, for which memories leave room (up to a quarter of the window).
+        tokens the caller may want, for which memories leave room (up to a quarter of the window). chat: the
+        conversation that all this goes behind; memories that it holds already are not put in again.
         """
         start = time.perf_counter()
         self.refresh()
         form = form or self.config.form
         limit = self.config.max_memories if max_memories is None else max_memories
+        behind = chat.pages.tokens if chat is not None else 0
         candidates: list[Candidate] = []
         if self.store is not None and form != "none" and limit > 0:
             candidates = self.operator.recall(principal, query, k=limit)
@@ -222,6 +227,8 @@ class MemoryEngine:
         records, inputs, texts = {}, [], {}
         for candidate in candidates:
             cube = candidate.cube
+            if chat is not None and cube.id in chat.cube_ids:
+                continue
             texts[cube.id] = self.layout.memory(cube.body or "")
             wanted = form != "text" and candidate.score >= self.config.min_score
             try:
@@ -232,15 +239,16 @@ class MemoryEngine:
                 continue
             if isinstance(found, KVRecord):
                 records[cube.id] = found
-            available = _availability(found, exact=head == self.layout.anchor)
+            available = _availability(found, exact=head == self.layout.anchor and not behind)
             inputs.append(PlanInput(cube.id, candidate.score, len(texts[cube.id]), available))
         fetched = time.perf_counter()
         fits = min(self.decoder.spec.max_positions, self.decoder.pool_tokens) - 1
-        window = fits - len(head) - len(tail)
+        window = fits - len(head) - len(tail) - behind
         if window < 0:
             raise ContextLengthError(
-                f"The prompt has {len(head) + len(tail)} tokens without any memory, more than the {fits} "
-                "that fit. Shorten it or open the engine with a larger pool_tokens."
+                f"The prompt has {len(head) + len(tail) + behind} tokens without any memory, more than the "
+                f"{fits} that fit. Shorten it, begin another session, or open the engine with a larger "
+                "pool_tokens."
             )
         window = max(0, window - min(answer, fits // 4))
         plan = self.scheduler.plan(
@@ -249,7 +257,7 @@ class MemoryEngine:
                 form=form, max_memory_tokens=window, max_memories=limit, min_score=self.config.min_score
             ),
         )
-        spans = self._head(head, plan)
+        spans: list[Span] = [TextSpan(head)] if behind and head else [] if behind else self._head(head, plan)
         for segment in plan.segments:
             cube_id = segment.cube_id
             spans.append(KVSpan(records[cube_id]) if segment.form == "kv" else TextSpan(texts[cube_id]))
@@ -277,17 +285,27 @@ class MemoryEngine:
             spans.append(TextSpan(head))
         return spans
 
+    def salt(self, principal: Principal) -> bytes:
+        """What keeps this principal's pages apart from all others'."""
+        return b"" if self.activation is None else self.activation.salt(principal)
+
     def run(
-        self, prepared: Prepared, params: SamplingParams, on_token: Callable[[StepOutput], None] | None = None
+        self,
+        prepared: Prepared,
+        params: SamplingParams,
+        on_token: Callable[[StepOutput], None] | None = None,
+        chat: Chat | None = None,
     ) -> tuple[list[int], Stats, str]:
         """Decodes a prepared request. Returns the answer's ids without a stop token, what it cost, and the
         finish reason (stop or length)."""
-        root = b"" if self.activation is None else self.activation.salt(prepared.principal)
-        for out in self.decoder.generate(prepared.spans, params, root):
+        session = None if chat is None else chat.pages
+        for out in self.decoder.generate(prepared.spans, params, self.salt(prepared.principal), session):
             seq = out.sequence
             if on_token is not None:
                 on_token(out)
         reason = seq.finish_reason or "length"
+        if chat is not None:
+            chat.went_on(seq.output, [segment.cube_id for segment in prepared.plan.segments])
         return seq.output[:-1] if reason == "stop" else seq.output, seq.stats, reason
 
     def after_reply(self, prepared: Prepared) -> None:

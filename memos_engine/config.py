@@ -31,19 +31,24 @@ class DecoderConfig:
 
     dtype: compute and page dtype; auto takes bfloat16 where the machine computes in it, else float32.
     page: tokens a KV page holds. pool_tokens: KV pool size in tokens (None: the model's window, at most
-    4096). prefill_chunk: most rows of one prefill forward.
+    4096). max_batch: most requests that run at once. prefill_chunk: most prompt rows of one forward;
+    prefill_beside: the same where other requests decode in it, and wait for it.
     """
 
     dtype: str = "auto"
     page: int = 16
     pool_tokens: int | None = None
     prefill_chunk: int = 1024
+    prefill_beside: int = 256
+    max_batch: int = 32
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, f"dtype={self.dtype!r}: use one of {', '.join(DTYPES)}.")
         _require(self.page >= 1, f"page={self.page}: a page holds at least one token (16 is usual).")
         _require(self.pool_tokens is None or self.pool_tokens >= self.page, "pool_tokens: at least one page.")
         _require(self.prefill_chunk >= 1, "prefill_chunk: at least one token.")
+        _require(self.prefill_beside >= 1, "prefill_beside: at least one token.")
+        _require(self.max_batch >= 1, "max_batch: at least one request.")
 
     @property
     def resolved_dtype(self) -> str:

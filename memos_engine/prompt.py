@@ -80,6 +80,11 @@ class PromptLayout:
         """What ends a turn; empty where memories are not turns of their own."""
         return self._ids(self._memory[1]) if self._memory[0] else ()
 
+    @cached_property
+    def answer_close(self) -> tuple[int, ...]:
+        """What ends an answer, before the next turn opens."""
+        return self._ids(self._turn[2])
+
     def memory(self, text: str) -> tuple[int, ...]:
         """A memory as a complete span of its own."""
         return self._wrapped(self._memory, text)

@@ -94,12 +94,15 @@ class UserMemory:
         form: str | None = None,
         max_memories: int | None = None,
         history: Sequence[tuple[str, str]] = (),
+        session: str | None = None,
         stream: Callable[[str], None] | None = None,
     ) -> Reply:
         """Answers from the user's memories.
 
         form: auto, text, kv or none (default: the engine's). history: earlier (question, answer) turns.
-        stream: called with each new piece of the answer.
+        session: the name of a conversation to go on with (or to begin): its turns, and the memories that they
+        brought in, stay where they are, and their pages are reused while there is room. One call at a time
+        per session. stream: called with each new piece of the answer.
         """
         engine = self.engine
         start = time.perf_counter()
@@ -107,18 +110,30 @@ class UserMemory:
         params = params or SamplingParams()
         if not params.stop_token_ids:
             params = replace(params, stop_token_ids=engine.eos_token_ids)
+        chat = (
+            None
+            if session is None
+            else engine.chats.get(self.principal, session, engine.salt(self.principal))
+        )
+        if chat is not None and chat.begun:
+            if history:
+                raise MemoryInputError("The session has begun: its own turns are its history. Leave one out.")
+            head = chat.closing(engine.layout.answer_close)
+        else:
+            head = engine.layout.anchor + engine.layout.history(history)
         prepared = engine.prepare(
             self.principal,
             text,
-            engine.layout.anchor + engine.layout.history(history),
+            head,
             engine.layout.query(text),
+            chat=chat,
             form=form,
             max_memories=max_memories,
             answer=params.max_new_tokens,
         )
         preparation_ms = (time.perf_counter() - start) * 1e3
         writer = None if stream is None else TextStream(engine.tokenizer, params.stop_token_ids, stream)
-        ids, stats, reason = engine.run(prepared, params, writer)
+        ids, stats, reason = engine.run(prepared, params, writer, chat)
         if writer is not None:
             writer.close()
         reply = Reply(
@@ -134,8 +149,14 @@ class UserMemory:
         engine.after_reply(prepared)
         return reply
 
+    def end_session(self, name: str) -> bool:
+        """Ends a conversation and gives its pages back; False if there was none of that name."""
+        return bool(self.engine.chats.end(self.principal, name))
+
     def _let_go(self) -> None:
-        """Nothing of an ended memory stays in this process: neither its record nor pages it went into."""
+        """Nothing of an ended memory stays in this process: neither its record, nor pages it went into, nor
+        conversations that may hold it."""
+        self.engine.chats.end(self.principal)
         if self.engine.activation is not None:
             self.engine.activation.evict()
         self.engine.decoder.forget_prefixes()

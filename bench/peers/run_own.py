@@ -83,22 +83,23 @@ class Worker:
         return {"ms": now_ms() - begun, "token": out.token}
 
     def decode(self, context: list[int], batch: int, steps: int) -> dict[str, Any]:
-        """`batch` requests side by side; where the engine runs one at a time, they follow each other and the
-        time of a step is that of all of them together."""
-        params = SamplingParams(max_new_tokens=steps + 1)
-        self.engine.forget_prefixes()
-        spans: list[Span] = [TextSpan(tuple(context))]
-        times: list[list[float]] = []
-        for _ in range(batch):
-            own, before = [], 0.0
-            for out in self.engine.generate(spans, params):
-                now = now_ms()
-                if before:
-                    own.append(now - before)
-                before = now_ms()
-                del out
-            times.append(own)
-        return {"step_ms": [sum(step) for step in zip(*times, strict=True)]}
+        """`batch` requests side by side: the time of each step that gives all of them a token."""
+        engine = self.engine
+        ahead = batch * len(context) // engine.config.prefill_beside + 2  # steps until all prompts are done
+        params = SamplingParams(max_new_tokens=ahead + steps)
+        engine.forget_prefixes()
+        engine.grow(batch * (len(context) + ahead + steps + engine.pool.page))
+        requests = [engine.add_request([TextSpan(tuple(context))], params, b"%d" % i) for i in range(batch)]
+        while any(request.stats.ttft_ms == 0.0 for request in requests):
+            engine.step()  # prompts, and tokens of those that are ahead
+        times: list[float] = []
+        for _ in range(steps):
+            before = now_ms()
+            engine.step()
+            times.append(now_ms() - before)
+        for request in requests:
+            engine.abort(request)
+        return {"step_ms": times}
 
     def traffic(
         self,
@@ -131,25 +132,26 @@ class Worker:
         while (now := now_ms()) < begun + seconds * 1e3:
             while not clients and sent < len(due) and begun + due[sent] * 1e3 <= now:
                 send(begun + due[sent] * 1e3)
-            out = engine.step()
-            if out is None:
+            if engine.idle:
                 if clients or sent == len(due):
                     break
                 time.sleep(max(0.0, (begun + due[sent] * 1e3 - now_ms()) / 1e3))
                 continue
-            now, seq = now_ms(), out.sequence
-            tokens += 1
-            (itl if seq.id in latest else ttft).append(now - latest.get(seq.id, started[seq.id]))
-            latest[seq.id] = now
-            if out.finish_reason is not None:
-                finished += 1
-                engine.forget_prefixes()  # every request is new: what is reused are records
-                if clients and sent < len(spans):
-                    send(now)
+            outputs = engine.step()
+            now = now_ms()
+            for out in outputs:
+                seq = out.sequence
+                tokens += 1
+                (itl if seq.id in latest else ttft).append(now - latest.get(seq.id, started[seq.id]))
+                latest[seq.id] = now
+                if out.finish_reason is not None:
+                    finished += 1
+                    engine.forget_prefixes()  # every request is new: what is reused are records
+                    if clients and sent < len(spans):
+                        send(now)
         spent = now_ms() - begun
-        for left in [*engine.batcher.waiting, engine.batcher.running]:
-            if left is not None:
-                engine.abort(left)
+        for left in [*engine.batcher.waiting, *engine.batcher.running]:
+            engine.abort(left)
         asked = sent if clients else len(due)
         return {
             "requests": asked,

@@ -1,26 +1,46 @@
-"""Which request runs next, and which of its rows: admission by free pages, chunked prefill.
+"""Continuous batching: which requests run, and which of their rows come next. Integers only.
 
-Integers only. One request runs at a time; the others wait in order of arrival.
+Requests are admitted in order of arrival while pages last. Every step takes one row of each request that
+decodes and a bounded number of prompt rows; where pages run out the youngest request gives up its own and
+is replayed later.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
-from memos_engine.decoder.blocks import BlockPool, chain_keys
-from memos_engine.decoder.sequence import Sequence, Splice
+from memos_engine.config import DecoderConfig
+from memos_engine.decoder.blocks import BlockPool, extend_keys
+from memos_engine.decoder.sequence import Sequence, Splice, TextSpan
+from memos_engine.decoder.session import Session
 from memos_engine.errors import ContextLengthError, OutOfPagesError
+
+Rows = tuple[Sequence, list[int]]
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A request that got its pages: page copies `(source, target)` to make, then records to splice."""
+
+    sequence: Sequence
+    copies: list[tuple[int, int]]
+    splices: list[Splice]
 
 
 class Batcher:
-    """Waiting and running requests over a block pool."""
+    """Waiting and running requests, and idle sessions, over a block pool."""
 
-    def __init__(self, pool: BlockPool, max_positions: int, chunk: int) -> None:
+    def __init__(self, pool: BlockPool, max_positions: int, config: DecoderConfig) -> None:
         self.pool = pool
         self.max_positions = max_positions
-        self.chunk = chunk
+        self.config = config
         self.waiting: deque[Sequence] = deque()
-        self.running: Sequence | None = None
+        self.running: list[Sequence] = []  # oldest admission first
+        self.parked: list[Sequence] = []  # without pages, until their caller feeds them
+        self.sessions: dict[Session, None] = {}  # least recently used first
+
+    # -- coming and going ------------------------------------------------------------------------
 
     def add(self, seq: Sequence) -> None:
         """Queues a request; refuses at once what can never run."""
@@ -41,60 +61,189 @@ class Batcher:
                 "Open the engine with a larger pool_tokens."
             )
 
-    def admit(self) -> tuple[Sequence, list[Splice], list[tuple[int, int]]] | None:
-        """Starts the next waiting request if nothing runs.
+    def drop(self, seq: Sequence) -> None:
+        """Takes a request out, wherever it is, and returns its pages."""
+        self._release(seq)
+        if seq.session is not None and seq.session.request is seq:
+            seq.session.request = None
+        for place in (self.running, self.parked, self.waiting):
+            if seq in place:
+                place.remove(seq)
 
-        Returns it with the splices to do and the page copies `(source, target)` to make first.
-        """
-        if self.running is not None or not self.waiting:
+    def finish(self, seq: Sequence) -> None:
+        """Publishes what is exact and returns the pages, or hands them to the request's session."""
+        self.publish(seq)
+        session = seq.session
+        if session is not None and not session.closed:
+            session.computed, session.epoch = seq.computed, seq.epoch
+            session.spans = (*seq.spans, *seq.answer_span())
+            session.blocks, seq.blocks = seq.blocks, session.blocks
+            self.sessions.pop(session, None)
+            self.sessions[session] = None
+        self.drop(seq)
+
+    def close_session(self, session: Session) -> None:
+        """Returns a session's pages; a request of it that is under way ends like any other."""
+        session.closed = True
+        self.sessions.pop(session, None)
+        self._empty(session)
+
+    def publish(self, seq: Sequence) -> None:
+        """Offers the computed, exact, full pages to other requests. Safe to repeat."""
+        if seq.epoch != self.pool.epoch or not seq.blocks:
+            return
+        page, limit = self.pool.page, min(seq.exact_tokens, seq.computed)
+        extend_keys(seq.keys, seq.root, seq.tokens[:limit], page)
+        for block, key in zip(seq.blocks[: limit // page], seq.keys, strict=False):
+            self.pool.publish(block, key)
+
+    # -- admission -------------------------------------------------------------------------------
+
+    def admit(self) -> Admission | None:
+        """Starts the next waiting request if there is room for it."""
+        if not self.waiting or sum(s.logits is None for s in self.running) >= self.config.max_batch:
             return None
-        seq = self.waiting.popleft()
-        page = self.pool.page
-        seq.epoch = self.pool.epoch
-        keys = chain_keys(seq.root, seq.tokens[: seq.exact], page)
-        seq.blocks = self.pool.match(keys)  # held by the request: drop() returns them
+        seq = self.waiting[0]
         copies: list[tuple[int, int]] = []
-        reused = len(seq.blocks) * page
-        if reused >= seq.prompt_len:  # the last token must run to give logits: its page becomes ours
+        reused = self._take_over(seq)
+        if reused >= len(seq.tokens):  # the last token must run to give logits: its page becomes ours
+            if not self._make_room(1):
+                return self._not_yet(seq)
             shared = seq.blocks[-1]
             seq.blocks[-1] = self.pool.writable(shared)
             if seq.blocks[-1] != shared:
                 copies.append((shared, seq.blocks[-1]))
-            reused = seq.prompt_len - 1
-        seq.blocks += self.pool.allocate(-(-seq.prompt_len // page) - len(seq.blocks))
+            reused = len(seq.tokens) - 1
+        wanted = -(-len(seq.tokens) // self.pool.page) - len(seq.blocks)
+        spare = len(self.running)  # those that run will soon want a page each
+        if not self._make_room(wanted + spare):
+            return self._not_yet(seq)
+        seq.blocks += self.pool.allocate(wanted)
+        self.waiting.popleft()
+        self.running.append(seq)
         splices = seq.layout(reused)
         seq.stats.prefix_tokens = reused
         seq.stats.spliced_tokens = sum(s.record.num_tokens - s.skip for s in splices)
         seq.stats.computed_tokens = len(seq.pending)
-        self.running = seq
-        return seq, splices, copies
+        return Admission(seq, copies, splices)
 
-    def next_rows(self, seq: Sequence) -> list[int]:
-        """Positions to compute now: the next chunk of the prompt, or the newest token."""
-        if seq.pending:
-            rows, seq.pending = seq.pending[: self.chunk], seq.pending[self.chunk :]
-            return rows
-        position = len(seq.tokens) - 1
-        if position // self.pool.page >= len(seq.blocks):
-            seq.blocks += self.pool.allocate(1)
-        return [position]
+    def _take_over(self, seq: Sequence) -> int:
+        """Gives a request the pages that exist already; returns how many leading tokens they hold."""
+        session = seq.session
+        seq.epoch = self.pool.epoch
+        if session is not None and session.blocks:
+            if session.epoch == self.pool.epoch:
+                # The session keeps its hold: should the request fail, it stands where it stood. Only rows
+                # behind `computed` are written, so the last page needs no copy.
+                self.pool.acquire(session.blocks)
+                seq.blocks = list(session.blocks)
+                return session.computed
+            self._empty(session)
+        extend_keys(seq.keys, seq.root, seq.tokens[: seq.exact_tokens], self.pool.page)
+        seq.blocks = self.pool.match(seq.keys)  # held by the request: drop() returns them
+        return len(seq.blocks) * self.pool.page
 
-    def finish(self, seq: Sequence, computed: int) -> None:
-        """Publishes what is exact among the first `computed` tokens and returns the pages."""
-        limit = computed if seq.fully_exact else min(seq.exact, computed)
-        if seq.epoch != self.pool.epoch:
-            limit = 0
-        for block, key in zip(
-            seq.blocks, chain_keys(seq.root, seq.tokens[:limit], self.pool.page), strict=False
-        ):
-            self.pool.publish(block, key)
-        self.drop(seq)
+    def _not_yet(self, seq: Sequence) -> None:
+        """Lets go of what was taken over; the request stays at the head of the queue."""
+        self._release(seq)
 
-    def drop(self, seq: Sequence) -> None:
-        """Returns all pages of a request, publishing nothing more."""
+    def _release(self, seq: Sequence) -> None:
         blocks, seq.blocks = seq.blocks, []
         self.pool.release(blocks)
-        if self.running is seq:
-            self.running = None
-        elif seq in self.waiting:
-            self.waiting.remove(seq)
+
+    def _empty(self, session: Session) -> None:
+        blocks, session.blocks = session.blocks, []
+        self.pool.release(blocks)
+
+    def _make_room(self, pages: int) -> bool:
+        """Sees that `pages` are available: sessions' pages go first, then, if nothing else could move on,
+        those of requests that wait for their caller's token."""
+        while pages > self.pool.available:
+            if self.give_session_away():
+                continue
+            holders = [s for s in self.running if s.logits is not None]
+            if not holders or len(holders) < len(self.running):
+                return False
+            self._preempt(holders[-1])
+            pages -= 1  # its spare page
+        return True
+
+    def give_session_away(self) -> bool:
+        """Empties the least recently used session, idle ones first; False if none holds pages."""
+        holding = [session for session in self.sessions if session.blocks]
+        for session in sorted(holding, key=lambda s: s.request is not None)[:1]:
+            self._empty(session)
+        return bool(holding)
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Takes a running request's pages; it is replayed from its plan as soon as there is room."""
+        self.publish(seq)  # its exact pages may well survive until then
+        self.running.remove(seq)
+        self._release(seq)
+        seq.pending = []
+        seq.stats.preemptions += 1
+        if seq.logits is not None:
+            self.parked.append(seq)
+        else:
+            self.waiting.appendleft(seq)
+
+    def as_text(self) -> None:
+        """After an exchange of weights: stored KV of the old ones must not be spliced again, so whatever
+        goes on goes on as text, from its first token."""
+        for seq in reversed(self.running[:]):
+            self._preempt(seq)
+        for seq in (*self.waiting, *self.parked):
+            seq.as_text()
+        for session in self.sessions:
+            self._empty(session)
+            session.spans = tuple(TextSpan(span.token_ids) for span in session.spans)
+
+    def fed(self, seq: Sequence) -> None:
+        """A request got its next token from its caller."""
+        if seq in self.parked:
+            self.parked.remove(seq)
+            self.waiting.appendleft(seq)
+        else:
+            seq.pending = [len(seq.tokens) - 1]
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    def next_rows(self) -> list[Rows]:
+        """The rows of the next forward: one of each decoding request, then prompt rows.
+
+        A prompt alone gets `prefill_chunk` rows; beside decoding requests, which wait for the step,
+        `prefill_beside`. Half goes to the oldest prompt and the rest to the shortest ones, so that none
+        starves and short ones do not wait behind long ones.
+        """
+        rows: list[Rows] = []
+        for seq in list(self.running):
+            if len(rows) == self.config.max_batch:
+                break
+            if len(seq.pending) == 1 and seq in self.running and self._has_page(seq):
+                rows.append((seq, seq.pending[:]))
+        prompts = [s for s in self.running if len(s.pending) > 1]
+        if not prompts:
+            return rows
+        budget = self.config.prefill_beside if rows else self.config.prefill_chunk
+        oldest, younger = prompts[0], sorted(prompts[1:], key=lambda s: len(s.pending))
+        shares = {oldest: budget if not younger else min(len(oldest.pending), -(-budget // 2))}
+        left = budget - shares[oldest]
+        for seq in younger:
+            shares[seq] = min(left, len(seq.pending))
+            left -= shares[seq]
+        shares[oldest] += left
+        return rows + [(s, s.pending[:n]) for s, n in shares.items() if n > 0]
+
+    def _has_page(self, seq: Sequence) -> bool:
+        """Sees that the page of a decoding request's newest row is there; False if it gave up its own."""
+        while seq.pending[-1] // self.pool.page >= len(seq.blocks):
+            if self.pool.available or self.give_session_away():
+                seq.blocks += self.pool.allocate(1)
+                continue
+            if len(self.running) == 1:
+                seq.blocks += self.pool.allocate(1)  # raises: somebody outside holds the rest
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True

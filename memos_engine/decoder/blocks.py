@@ -8,23 +8,32 @@ used ones are given away first). Block 0 is the null block and is never handed o
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 from memos_engine.errors import IntegrityError, OutOfPagesError
 
 
-def chain_keys(root: bytes, token_ids: Sequence[int], page: int) -> list[bytes]:
-    """Keys of the full pages of `token_ids`: each digest covers everything to its left.
+def extend_keys(keys: list[bytes], root: bytes, token_ids: Sequence[int], page: int) -> None:
+    """Appends what `keys` lacks of the keys of all full pages of `token_ids`.
 
-    root: digest of all else that shapes the pages (model, tenant salt); SHA-256, so keys are stable.
+    root: digest of all else that shapes the pages (model, tenant salt). A key covers everything to the left
+    of its page's end; SHA-256, so keys are stable.
     """
-    keys: list[bytes] = []
-    previous = root
-    for start in range(0, len(token_ids) - page + 1, page):
-        ids = b"".join(int(t).to_bytes(4, "little") for t in token_ids[start : start + page])
-        previous = hashlib.sha256(previous + ids).digest()
+    done = len(keys) * page
+    raw = array("I", token_ids[done : len(token_ids) // page * page]).tobytes()
+    size = page * array("I").itemsize
+    previous = keys[-1] if keys else root
+    for start in range(0, len(raw), size):
+        previous = hashlib.sha256(previous + raw[start : start + size]).digest()
         keys.append(previous)
+
+
+def chain_keys(root: bytes, token_ids: Sequence[int], page: int) -> list[bytes]:
+    """Keys of the full pages of `token_ids`; see `extend_keys`."""
+    keys: list[bytes] = []
+    extend_keys(keys, root, token_ids, page)
     return keys
 
 
@@ -113,6 +122,16 @@ class BlockPool:
         fresh = self.allocate(1)[0]
         self.release([block])
         return fresh
+
+    def used(self) -> list[int]:
+        """Blocks whose content somebody may still read: held or cached."""
+        return [b for b in range(1, self.num_blocks) if self._refs[b] or b in self._cached]
+
+    def grow(self, num_blocks: int) -> None:
+        """Adds free blocks up to `num_blocks`."""
+        self._free[:0] = range(num_blocks - 1, self.num_blocks - 1, -1)  # below: used pages are warm
+        self._refs += [0] * (num_blocks - self.num_blocks)
+        self.num_blocks = max(num_blocks, self.num_blocks)
 
     def forget(self) -> None:
         """Empties the prefix index (weights changed, say); held blocks stay with their holders."""

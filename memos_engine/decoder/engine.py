@@ -1,46 +1,38 @@
-"""The decoder's engine: `step()` is the whole life of a request in five lines.
+"""The decoder's engine: `step()` is the whole life of a batch in four lines.
 
 It knows token ids and KV records; not text, users or stores.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from memos_engine.config import DecoderConfig, SamplingParams
-from memos_engine.decoder.batcher import Batcher
+from memos_engine.decoder.batcher import Batcher, Rows
 from memos_engine.decoder.blocks import BlockPool
 from memos_engine.decoder.kvcache import KVCache
 from memos_engine.decoder.layers import KVCapture
-from memos_engine.decoder.model import LlamaDecoder
+from memos_engine.decoder.model import PagedDecoder
 from memos_engine.decoder.runner import ModelRunner
-from memos_engine.decoder.sampler import Sampler
-from memos_engine.decoder.sequence import Sequence, Span, TextSpan
+from memos_engine.decoder.sampler import Sampler, sample
+from memos_engine.decoder.sequence import NO_TOKEN, Sequence, Span, StepOutput, TextSpan
+from memos_engine.decoder.session import Session
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.decoder.weights import Weights
 from memos_engine.errors import MemoryInputError
 
-
-@dataclass(frozen=True)
-class StepOutput:
-    """One new token of a request; `finish_reason` is stop, length or None (it goes on)."""
-
-    sequence: Sequence
-    token: int
-    finish_reason: str | None
+__all__ = ["DecoderEngine", "StepOutput"]
 
 
 class DecoderEngine:
-    """Paged-attention decoding of requests made of text spans and stored KV spans.
+    """Continuous batching over requests made of text spans and stored KV spans.
 
-    One request runs at a time; calls from several threads take turns.
+    Every method may be called from any thread; whoever calls `step` steps for all.
     """
 
     def __init__(self, spec: ModelSpec, weights: Weights, config: DecoderConfig | None = None) -> None:
@@ -51,8 +43,8 @@ class DecoderEngine:
         num_blocks = -(-tokens // page) + 1  # one more: the null block
         self.pool = BlockPool(num_blocks, page)
         cache = KVCache(spec, num_blocks, page, weights.dtype, weights.device)
-        self.runner = ModelRunner(LlamaDecoder(spec, weights), cache)
-        self.batcher = Batcher(self.pool, spec.max_positions, self.config.prefill_chunk)
+        self.runner = ModelRunner(PagedDecoder(spec, weights), cache)
+        self.batcher = Batcher(self.pool, spec.max_positions, self.config)
         self._samplers: dict[int, Sampler] = {}
         self._lock = threading.RLock()
 
@@ -61,49 +53,81 @@ class DecoderEngine:
         """Tokens the KV pool holds."""
         return (self.pool.num_blocks - 1) * self.pool.page
 
+    @property
+    def idle(self) -> bool:
+        """Whether a step would do nothing: no request, or all wait for their callers' tokens."""
+        with self._lock:
+            return not self.batcher.waiting and all(s.logits is not None for s in self.batcher.running)
+
     # -- requests --------------------------------------------------------------------------------
 
     def add_request(
-        self, spans: Seq[Span], params: SamplingParams | None = None, root: bytes = b""
+        self,
+        spans: Seq[Span],
+        params: SamplingParams | None = None,
+        root: bytes = b"",
+        *,
+        sampled: bool = True,
+        session: Session | None = None,
+        on_output: Callable[[StepOutput], None] | None = None,
     ) -> Sequence:
-        """Queues a request. root: salts the prefix index (one per tenant)."""
+        """Queues a request.
+
+        root: salts the prefix index (one per tenant). sampled: False where the caller chooses the tokens: the
+        request then stops at each `logits` until `feed`, and ends by `finish`. session: goes on behind the
+        conversation so far; its root counts. on_output: called with each StepOutput, by whichever thread
+        steps.
+
+        Raises ContextLengthError or OutOfPagesError for a prompt that can never run, MemoryInputError for ids
+        outside the vocabulary, an empty prompt, or a session that is busy or closed.
+        """
         vocab = self.spec.vocab_size
         for span in spans:
-            if isinstance(span, TextSpan) and any(not 0 <= t < vocab for t in span.token_ids):
+            ids = span.token_ids if isinstance(span, TextSpan) else ()
+            if ids and (min(ids) < 0 or max(ids) >= vocab):
                 raise MemoryInputError(f"A token id is outside the model's vocabulary of {vocab}.")
-        seq = Sequence(spans, params or SamplingParams(), root)
         with self._lock:
+            if session is not None and (session.closed or session.request is not None):
+                state = "closed" if session.closed else "busy with another request"
+                raise MemoryInputError(f"The session is {state}; open another one or wait.")
+            seq = Sequence(
+                spans,
+                params or SamplingParams(),
+                session.root if session else root,
+                sampled=sampled,
+                session=session,
+                on_output=on_output,
+            )
             sampler = Sampler(seq.params, self.runner.device)
             self.batcher.add(seq)
             self._samplers[seq.id] = sampler
+            if session is not None:
+                session.request = seq
         return seq
 
-    def step(self) -> StepOutput | None:
-        """Admit, run, sample, publish. Returns a token, or None when there is nothing to do.
+    def step(self) -> list[StepOutput]:
+        """Admit, run, sample, publish: one forward for all requests that have something to compute.
 
-        An error ends the request it belongs to (`sequence.error`) and is raised; the others go on.
+        An error ends the request it belongs to (finish_reason "error", `sequence.error`); the others go on.
+        Empty where nothing was decided: a long prompt's chunk ran, or the engine is idle.
         """
         with self._lock:
-            self._admit()
-            seq = self.batcher.running
-            if seq is None:
-                return None
-            try:
-                logits = self._forward(seq)
-                token = self._samplers[seq.id](logits)
-                return self._advance(seq, token)
-            except BaseException as error:
-                self._fail(seq, error)
-                raise
+            failed = self._admit()
+            ready, logits, more = self._forward(self.batcher.next_rows())
+            return failed + more + self._decide(ready, logits)
 
     def generate(
-        self, spans: Seq[Span], params: SamplingParams | None = None, root: bytes = b""
+        self,
+        spans: Seq[Span],
+        params: SamplingParams | None = None,
+        root: bytes = b"",
+        session: Session | None = None,
     ) -> Iterator[StepOutput]:
         """Streams one request's tokens. Closing the iterator early frees its pages.
 
         Several threads may do so at once: whoever steps, everybody reads their own request.
         """
-        seq = self.add_request(spans, params, root)
+        seq = self.add_request(spans, params, root, session=session)
         seen = 0
         try:
             while seq.finish_reason is None or seen < len(seq.output):
@@ -112,23 +136,54 @@ class DecoderEngine:
                     last = seen == len(seq.output)
                     yield StepOutput(seq, token, seq.finish_reason if last else None)
                 if seq.finish_reason is None:
-                    with contextlib.suppress(Exception):  # if it is ours, it is in seq.error
-                        self.step()
+                    self.step()
             if seq.error is not None:
                 raise seq.error
         finally:
             self.abort(seq)
 
-    def _fail(self, seq: Sequence, error: BaseException) -> None:
-        seq.error = error
-        self.abort(seq)
+    def feed(self, seq: Sequence, token: int) -> None:
+        """The caller's choice for a request that waits for a token (`sampled=False`)."""
+        with self._lock:
+            if seq.logits is None or seq.finish_reason is not None:
+                raise MemoryInputError("The request does not wait for a token; step until it has logits.")
+            if not 0 <= token < self.spec.vocab_size:
+                raise MemoryInputError(f"Token {token} is outside the vocabulary of {self.spec.vocab_size}.")
+            if len(seq.tokens) >= self._longest():
+                raise MemoryInputError(
+                    f"The request has {len(seq.tokens)} tokens, all that the window holds."
+                )
+            seq.logits = None
+            seq.tokens.append(token)
+            self.batcher.fed(seq)
+
+    def finish(self, seq: Sequence, reason: str = "stop") -> None:
+        """Ends a request of the caller's sampling as a success: its exact pages may be reused."""
+        with self._lock:
+            if seq.finish_reason is None:
+                seq.finish_reason = reason
+                seq.stats.total_ms = seq.stats.since_created()
+                self._samplers.pop(seq.id, None)
+                self.batcher.finish(seq)
 
     def abort(self, seq: Sequence) -> None:
         """Ends a request now, if it has not ended, and returns its pages. Safe to repeat."""
         with self._lock:
             seq.finish_reason = seq.finish_reason or "abort"
+            seq.logits = None
             self._samplers.pop(seq.id, None)
             self.batcher.drop(seq)
+
+    # -- sessions --------------------------------------------------------------------------------
+
+    def open_session(self, root: bytes = b"") -> Session:
+        """A conversation that keeps its pages between requests, while nobody else needs them."""
+        return Session(root)
+
+    def close_session(self, session: Session) -> None:
+        """Ends a conversation and returns its pages. Safe to repeat."""
+        with self._lock:
+            self.batcher.close_session(session)
 
     # -- records ---------------------------------------------------------------------------------
 
@@ -140,7 +195,10 @@ class DecoderEngine:
         seq = Sequence([TextSpan((*left, *span))], SamplingParams())
         with self._lock:
             self.batcher.check(seq)
-            seq.blocks = self.pool.allocate(-(-seq.prompt_len // self.pool.page))
+            wanted = -(-seq.prompt_len // self.pool.page)
+            while wanted > self.pool.available and self.batcher.give_session_away():
+                pass
+            seq.blocks = self.pool.allocate(wanted)
             try:
                 pages = self.runner.cache.k
                 shape = (pages.shape[0], seq.prompt_len, *pages.shape[3:])
@@ -148,76 +206,156 @@ class DecoderEngine:
                 for start in range(0, seq.prompt_len, self.config.prefill_chunk):
                     capture.first = start
                     end = min(start + self.config.prefill_chunk, seq.prompt_len)
-                    self.runner.run(seq, list(range(start, end)), capture)
+                    self.runner.run([(seq, list(range(start, end)))], capture)
             finally:
                 self.batcher.drop(seq)
         return capture.k[:, len(left) :].contiguous(), capture.v[:, len(left) :].contiguous()
 
-    def check_integrity(self) -> None:
-        """Raises IntegrityError unless every page is accounted for and the null block is still zero."""
+    # -- the pool and the weights ----------------------------------------------------------------
+
+    def grow(self, tokens: int) -> None:
+        """Makes the pool hold at least `tokens`. Requests under way keep their pages."""
         with self._lock:
-            held = [self.batcher.running.blocks] if self.batcher.running else []
-            self.pool.check_integrity(held)
-
-    # -- the parts of a step ---------------------------------------------------------------------
-
-    def _admit(self) -> None:
-        first = self.batcher.waiting[0] if self.batcher.waiting else None
-        try:
-            admitted = self.batcher.admit()
-        except BaseException as error:
-            assert first is not None
-            self._fail(first, error)
-            raise
-        if admitted is None:
-            return
-        seq, splices, copies = admitted
-        start = time.perf_counter()
-        try:
-            self.runner.copy_pages(copies)
-            self.runner.splice(seq, splices)
-        except BaseException as error:
-            self._fail(seq, error)
-            raise
-        seq.stats.splice_ms = (time.perf_counter() - start) * 1e3
-
-    def _forward(self, seq: Sequence) -> Tensor:
-        """All remaining chunks of a prompt, or one decode row; returns the logits that follow."""
-        first = seq.stats.ttft_ms == 0.0
-        start = time.perf_counter()
-        while True:
-            logits = self.runner.run(seq, self.batcher.next_rows(seq))
-            if not seq.pending:
-                break
-        if first:
-            seq.stats.prefill_ms = (time.perf_counter() - start) * 1e3
-        return logits
-
-    def _advance(self, seq: Sequence, token: int) -> StepOutput:
-        if seq.stats.ttft_ms == 0.0:
-            seq.stats.ttft_ms = seq.stats.since_created()
-        computed = len(seq.tokens)
-        seq.tokens.append(token)
-        if token in seq.params.stop_token_ids:
-            seq.finish_reason = "stop"
-        elif len(seq.output) >= seq.params.max_new_tokens or len(seq.tokens) >= self._longest():
-            seq.finish_reason = "length"
-        if seq.finish_reason is not None:
-            seq.stats.total_ms = seq.stats.since_created()
-            self._samplers.pop(seq.id, None)
-            self.batcher.finish(seq, computed)
-        return StepOutput(seq, token, seq.finish_reason)
-
-    def _longest(self) -> int:
-        return min(self.spec.max_positions, self.pool_tokens)
+            num_blocks = -(-tokens // self.pool.page) + 1
+            if num_blocks > self.pool.num_blocks:
+                self.runner.grow(num_blocks, self.pool.used())
+                self.pool.grow(num_blocks)
 
     def use_weights(self, weights: Weights) -> None:
-        """Exchanges the weights between two steps; pages made with the old ones are not reused."""
+        """Exchanges the weights between two steps. Nothing made with the old ones is used again: requests
+        under way and sessions go on as text, computed anew."""
         with self._lock:
             self.runner.model.weights = weights
             self.pool.forget()
+            self.batcher.as_text()
 
     def forget_prefixes(self) -> None:
         """Drops all reusable pages: the weights changed, or an owner's memories must go."""
         with self._lock:
             self.pool.forget()
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless every page is accounted for and the null block is still zero."""
+        with self._lock:
+            batcher = self.batcher
+            held = [seq.blocks for seq in batcher.running] + [s.blocks for s in batcher.sessions]
+            self.pool.check_integrity(held)
+
+    # -- the parts of a step ---------------------------------------------------------------------
+
+    def _admit(self) -> list[StepOutput]:
+        """Gives waiting requests their pages and records; returns those that failed on the way."""
+        failed: list[StepOutput] = []
+        while self.batcher.waiting:
+            first = self.batcher.waiting[0]
+            start = time.perf_counter()
+            try:
+                admitted = self.batcher.admit()
+                if admitted is None:
+                    break
+                self.runner.copy_pages(admitted.copies)
+                self.runner.splice(first, admitted.splices)
+                first.stats.splice_ms += (time.perf_counter() - start) * 1e3
+            except Exception as error:
+                failed.append(self._fail(first, error))
+            except BaseException:  # an interrupt: the request starts over, should anybody still want it
+                self.abort(first)
+                raise
+        return failed
+
+    def _forward(self, batch: list[Rows]) -> tuple[list[Sequence], Tensor | None, list[StepOutput]]:
+        """One forward; returns the requests that now want a token, their logits, and those that failed."""
+        if not batch:
+            return [], None, []
+        start = time.perf_counter()
+        failed: list[StepOutput] = []
+        try:
+            logits: Tensor | None = self.runner.run(batch)
+        except Exception as error:
+            if len(batch) == 1:
+                return [], None, [self._fail(batch[0][0], error)]
+            return self._one_by_one(batch)
+        spent = (time.perf_counter() - start) * 1e3
+        ready: list[int] = []
+        for index, (seq, rows) in enumerate(batch):
+            seq.pending = seq.pending[len(rows) :]
+            if seq.stats.ttft_ms == 0.0:
+                seq.stats.prefill_ms += spent
+            if not seq.pending:
+                ready.append(index)
+        if logits is not None and len(ready) < len(batch):
+            logits = logits[ready]
+        return [batch[i][0] for i in ready], logits, failed
+
+    def _one_by_one(self, batch: list[Rows]) -> tuple[list[Sequence], Tensor | None, list[StepOutput]]:
+        """After a failed forward: whose fault was it? What a row wrote before is written again."""
+        import torch
+
+        ready: list[Sequence] = []
+        found: list[Tensor] = []
+        failed: list[StepOutput] = []
+        for rows in batch:
+            done, logits, bad = self._forward([rows])
+            ready += done
+            failed += bad
+            if logits is not None and done:
+                found.append(logits)
+        return ready, torch.cat(found) if found else None, failed
+
+    def _decide(self, ready: list[Sequence], logits: Tensor | None) -> list[StepOutput]:
+        """A token for each request whose rows are all computed, or its logits for its caller."""
+        outputs: list[StepOutput] = []
+        if logits is None or not ready:
+            return outputs
+        rows = [i for i, seq in enumerate(ready) if seq.sampled]
+        samplers = [self._samplers[ready[i].id] for i in rows]
+        chosen = dict(zip(rows, sample(samplers, logits, rows), strict=True))
+        for index, seq in enumerate(ready):
+            first = seq.stats.ttft_ms == 0.0
+            if first:
+                seq.stats.ttft_ms = seq.stats.since_created()
+                self.batcher.publish(seq)
+            if not seq.sampled:
+                seq.logits = logits[index]
+                outputs.append(self._tell(StepOutput(seq, NO_TOKEN, None)))
+                continue
+            token = chosen[index]
+            outputs.append(
+                self._fail(seq, token) if isinstance(token, Exception) else self._advance(seq, token)
+            )
+        return outputs
+
+    def _advance(self, seq: Sequence, token: int) -> StepOutput:
+        computed = seq.computed
+        seq.tokens.append(token)
+        if token in seq.params.stop_token_ids:
+            seq.finish_reason = "stop"
+        elif len(seq.output) >= seq.params.max_new_tokens or len(seq.tokens) >= self._longest():
+            seq.finish_reason = "length"
+        seq.pending = [computed]
+        if seq.finish_reason is not None:
+            seq.stats.total_ms = seq.stats.since_created()
+            self._samplers.pop(seq.id, None)
+            self.batcher.finish(seq)
+        return self._tell(StepOutput(seq, token, seq.finish_reason))
+
+    def _fail(self, seq: Sequence, error: BaseException) -> StepOutput:
+        seq.error, seq.finish_reason = error, "error"
+        self.abort(seq)
+        return self._tell(StepOutput(seq, NO_TOKEN, "error"))
+
+    def _tell(self, output: StepOutput) -> StepOutput:
+        """Hands an output to the request's listener; one that raises ends its own request only."""
+        listener = output.sequence.on_output
+        if listener is not None:
+            try:
+                listener(output)
+            except Exception as error:
+                output.sequence.on_output = None
+                if output.sequence.finish_reason is None:
+                    return self._fail(output.sequence, error)
+                output.sequence.error = output.sequence.error or error
+        return output
+
+    def _longest(self) -> int:
+        return min(self.spec.max_positions, self.pool_tokens)

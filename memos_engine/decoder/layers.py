@@ -1,12 +1,14 @@
-"""The two halves of a Llama layer, written against the ops seam."""
+"""The two halves of a layer, written against the ops seam."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from memos_engine.decoder.spec import ModelSpec
 from memos_engine.decoder.weights import LayerWeights
 from memos_engine.ops import Backend
 
@@ -41,23 +43,27 @@ class KVCapture:
 
 def attention(
     ops: Backend,
+    spec: ModelSpec,
+    index: int,
     weights: LayerWeights,
     x: Tensor,
     step: StepInput,
     pages: tuple[Tensor, Tensor],
-    cos_sin: Tensor,
-    head_dim: int,
+    cos_sin: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Self-attention over the paged cache. x `[tokens, hidden]`; returns the output and this step's
-    unrotated k and v `[tokens, kv_heads, head_dim]`."""
-    tokens = x.shape[0]
-    if weights.qkv is not None:
-        sizes = [weights.q.shape[0], weights.k.shape[0], weights.v.shape[0]]
-        q, k, v = torch.split(ops.linear(x, weights.qkv), sizes, dim=1)
+    """Self-attention of layer `index` over the paged cache. x `[tokens, hidden]`, cos_sin None: no rotation;
+    returns the output and this step's k (normed, unrotated) and v `[tokens, kv_heads, head_dim]`."""
+    w, tokens = weights, x.shape[0]
+    if w.qkv is not None:
+        sizes = [w.q.shape[0], w.k.shape[0], w.v.shape[0]]
+        q, k, v = torch.split(ops.linear(x, w.qkv), sizes, dim=1)
     else:
-        q, k, v = ops.linear(x, weights.q), ops.linear(x, weights.k), ops.linear(x, weights.v)
-    q, k, v = (part.view(tokens, -1, head_dim) for part in (q, k, v))
-    ops.rope(q, step.positions, cos_sin)
+        q, k, v = ops.linear(x, w.q), ops.linear(x, w.k), ops.linear(x, w.v)
+    _add_biases((q, w.q_bias), (k, w.k_bias), (v, w.v_bias))
+    q, k, v = (part.view(tokens, -1, spec.head_dim) for part in (q, k, v))
+    q, k = _head_norm(ops, q, w.q_norm, spec.rms_eps), _head_norm(ops, k, w.k_norm, spec.rms_eps)
+    if cos_sin is not None:
+        ops.rope(q, step.positions, cos_sin)
     k_pages, v_pages = pages
     ops.append_kv(k, v, k_pages, v_pages, step.slot_mapping, step.positions, cos_sin)
     out = ops.paged_attention(
@@ -68,15 +74,39 @@ def attention(
         step.query_start,
         step.seq_lens,
         step.positions,
-        head_dim**-0.5,
+        spec.sm_scale,
+        spec.layers[index].window,
     )
-    return ops.linear(out.reshape(tokens, -1), weights.o), k, v
+    out = ops.linear(out.reshape(tokens, -1), w.o)
+    _add_biases((out, w.o_bias))
+    return out, k, v
 
 
-def mlp(ops: Backend, weights: LayerWeights, x: Tensor) -> Tensor:
-    """SwiGLU. x `[tokens, hidden]`."""
-    if weights.gate_up is not None:
-        gate, up = ops.linear(x, weights.gate_up).chunk(2, dim=1)
+def mlp(ops: Backend, spec: ModelSpec, weights: LayerWeights, x: Tensor) -> Tensor:
+    """The gated MLP: `down(act(gate(x)) * up(x))`. x `[tokens, hidden]`."""
+    w = weights
+    if w.gate_up is not None:
+        gate, up = ops.linear(x, w.gate_up).chunk(2, dim=1)
     else:
-        gate, up = ops.linear(x, weights.gate), ops.linear(x, weights.up)
-    return ops.linear(ops.silu_mul(gate, up), weights.down)
+        gate, up = ops.linear(x, w.gate), ops.linear(x, w.up)
+    _add_biases((gate, w.gate_bias), (up, w.up_bias))
+    if spec.activation == "silu":
+        inner = ops.silu_mul(gate, up)
+    else:
+        inner = F.gelu(gate, approximate="tanh").mul_(up)
+    out = ops.linear(inner, w.down)
+    _add_biases((out, w.down_bias))
+    return out
+
+
+def _add_biases(*pairs: tuple[Tensor, Tensor | None]) -> None:
+    for product, bias in pairs:
+        if bias is not None:
+            product += bias
+
+
+def _head_norm(ops: Backend, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMS norm of each head. x `[tokens, heads, head_dim]`."""
+    if weight is None:
+        return x
+    return ops.rms_norm(x.reshape(-1, x.shape[2]), weight, eps).view(x.shape)

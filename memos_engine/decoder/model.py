@@ -1,6 +1,9 @@
-"""A Llama-family decoder over paged K/V. It knows tensors; not requests, not memories."""
+"""A decoder over paged K/V. It knows tensors; not requests, not memories."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +14,42 @@ from memos_engine.decoder.kvcache import KVCache
 from memos_engine.decoder.layers import KVCapture, StepInput
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.decoder.weights import Weights
-from memos_engine.ops import backend_for, rope_table
+from memos_engine.ops import backend_for, layer_stack_of
+
+if TYPE_CHECKING:
+    from memos_engine.ops.stack import LayerStack
+
+# What a layer stack takes, by the names of LayerWeights.
+_STACK_WEIGHTS = ("input_norm", "q", "k", "v", "o", "post_norm", "gate", "up", "down")
+_STACK_WEIGHTS += ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm")
+TableGroups = list[tuple[slice, Tensor | None]]
 
 
-class LlamaDecoder:
-    """Weights plus the order in which to use them."""
+class PagedDecoder:
+    """Weights plus the order in which to use them.
+
+    tables: cosines and sines of each layer, None where it does not rotate. table_groups: slices of layers
+    that share a table, which together are all layers: a record is spliced in as many calls.
+    """
 
     def __init__(self, spec: ModelSpec, weights: Weights) -> None:
         self.spec = spec
-        self.weights = weights
         self.ops = backend_for(weights.device)
-        self.cos_sin = rope_table(spec.rope.inv_freq(spec.head_dim), spec.max_positions).to(weights.device)
+        made = [rope.table(spec.head_dim, spec.max_positions).to(weights.device) for rope in spec.ropes]
+        self.tables = [None if layer.rope is None else made[layer.rope] for layer in spec.layers]
+        self.table_groups = _groups([layer.rope for layer in spec.layers], self.tables)
+        self.weights = weights
+
+    @property
+    def weights(self) -> Weights:
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: Weights) -> None:
+        scale = torch.tensor(self.spec.embed_scale, dtype=weights.dtype)  # rounded, as transformers does
+        self._weights, self._embed_scale = weights, float(scale)
+        self._stack: LayerStack | None = None
+        self._stack_cache: KVCache | None = None  # the one that `_stack` was asked for
 
     @torch.inference_mode()
     def forward(
@@ -32,20 +60,36 @@ class LlamaDecoder:
         rows: rows `[n] int64` whose hidden state is wanted (all by default).
         Returns final hidden states `[n, hidden]`, normalised.
         """
-        spec, ops, eps = self.spec, self.ops, self.spec.rms_eps
+        spec, ops, eps, all_layers = self.spec, self.ops, self.spec.rms_eps, self.weights.layers
         hidden = F.embedding(step.token_ids, self.weights.embed)
-        x = ops.rms_norm(hidden, self.weights.layers[0].input_norm, eps)
-        for index, weights in enumerate(self.weights.layers):
-            out, k, v = layers.attention(
-                ops, weights, x, step, cache.layer(index), self.cos_sin, spec.head_dim
+        if spec.embed_scale != 1.0:
+            hidden *= self._embed_scale
+        stack = self._layer_stack(cache) if capture is None else None
+        if stack is not None and hidden.shape[0] <= stack.max_rows:
+            return stack.run(
+                hidden,
+                step.slot_mapping,
+                step.positions,
+                step.query_start,
+                step.block_table,
+                step.seq_lens,
+                rows,
             )
+        x = ops.rms_norm(hidden, all_layers[0].input_norm, eps)
+        for index, weights in enumerate(all_layers):
+            table = self.tables[index]
+            out, k, v = layers.attention(ops, spec, index, weights, x, step, cache.layer(index), table)
             if capture is not None:
                 taken = slice(capture.first, capture.first + k.shape[0])
                 capture.k[index, taken], capture.v[index, taken] = k, v
+            if weights.attn_out_norm is not None:
+                out = ops.rms_norm(out, weights.attn_out_norm, eps)
             x = ops.rms_norm(out, weights.post_norm, eps, residual=hidden)
-            out = layers.mlp(ops, weights, x)
+            out = layers.mlp(ops, spec, weights, x)
+            if weights.mlp_out_norm is not None:
+                out = ops.rms_norm(out, weights.mlp_out_norm, eps)
             if index + 1 < spec.num_layers:
-                x = ops.rms_norm(out, self.weights.layers[index + 1].input_norm, eps, residual=hidden)
+                x = ops.rms_norm(out, all_layers[index + 1].input_norm, eps, residual=hidden)
         if rows is not None:
             out, hidden = out[rows], hidden[rows]
         return ops.rms_norm(out, self.weights.norm, eps, residual=hidden)
@@ -54,3 +98,43 @@ class LlamaDecoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[n, vocab] float32` of hidden states `[n, hidden]`."""
         return self.ops.linear(hidden, self.weights.lm_head).float()
+
+    def _layer_stack(self, cache: KVCache) -> LayerStack | None:
+        """The backend's one call for all layers, made once for these weights and this cache; None where the
+        backend has none or it does not do this family."""
+        if self._stack_cache is not cache:
+            self._stack_cache = cache
+            self._stack = self._new_stack(cache) if _fits_stack(self.spec) else None
+        return self._stack
+
+    def _new_stack(self, cache: KVCache) -> LayerStack | None:
+        make = layer_stack_of(self.ops)
+        if make is None:
+            return None
+        from memos_engine.ops.stack import StackLayer
+
+        parts = [
+            StackLayer(
+                **{name: getattr(weights, name) for name in _STACK_WEIGHTS},
+                cos_sin=table,
+                window=layer.window,
+            )
+            for weights, table, layer in zip(self.weights.layers, self.tables, self.spec.layers, strict=True)
+        ]
+        return make(parts, self.weights.norm, self.spec.rms_eps, self.spec.sm_scale, cache.k, cache.v)
+
+
+LlamaDecoder = PagedDecoder
+
+
+def _fits_stack(spec: ModelSpec) -> bool:
+    """A layer stack does the plain layer: norms before, SwiGLU, biases of q, k and v alone."""
+    return spec.activation == "silu" and not spec.sandwich_norms and set(spec.biases) <= {"q", "k", "v"}
+
+
+def _groups(ropes: Sequence[int | None], tables: Sequence[Tensor | None]) -> TableGroups:
+    """Layers by table. Tables repeat with a period, of which each member is one slice: a model with a
+    single table has one group."""
+    count = len(ropes)
+    period = next(p for p in range(1, count + 1) if all(ropes[i] == ropes[i - p] for i in range(p, count)))
+    return [(slice(first, None, period), tables[first]) for first in range(period)]

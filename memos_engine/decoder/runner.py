@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from memos_engine.decoder.batcher import Rows
 from memos_engine.decoder.kvcache import KVCache
 from memos_engine.decoder.layers import KVCapture, StepInput
-from memos_engine.decoder.model import LlamaDecoder
+from memos_engine.decoder.model import PagedDecoder
 from memos_engine.decoder.sequence import Sequence, Splice
 from memos_engine.decoder.splice import splice
 
@@ -16,7 +19,7 @@ from memos_engine.decoder.splice import splice
 class ModelRunner:
     """A model and its pages."""
 
-    def __init__(self, model: LlamaDecoder, cache: KVCache) -> None:
+    def __init__(self, model: PagedDecoder, cache: KVCache) -> None:
         self.model = model
         self.cache = cache
         self.device = model.weights.device
@@ -33,26 +36,47 @@ class ModelRunner:
             slots = self._slots(blocks, np.arange(part.start, end))
             splice(self.model, self.cache, part, self._put(slots))
 
-    def run(self, seq: Sequence, rows: list[int], capture: KVCapture | None = None) -> Tensor:
-        """Computes the given positions of a request; returns logits `[vocab] float32` of the last row."""
-        step = self.step_input(seq, rows)
-        last = torch.tensor([len(rows) - 1], device=self.device) if len(rows) > 1 else None
-        hidden = self.model.forward(step, self.cache, rows=last, capture=capture)
-        return self.model.logits(hidden)[0]
+    def run(self, batch: Seq[Rows], capture: KVCapture | None = None) -> Tensor:
+        """Computes rows of several requests in one forward.
 
-    def step_input(self, seq: Sequence, rows: list[int]) -> StepInput:
-        """Index tensors for one request's rows (ascending positions)."""
-        positions = np.asarray(rows, dtype=np.int64)
-        blocks = np.asarray(seq.blocks, dtype=np.int64)
-        tokens = np.asarray([seq.tokens[p] for p in rows], dtype=np.int64)
+        Returns logits `[n, vocab] float32` of the last row of each of the n requests.
+        """
+        step = self.step_input(batch)
+        single = len(batch) == step.token_ids.shape[0]  # one row each: all of them are last ones
+        last = None if single else step.query_start[1:].long() - 1
+        hidden = self.model.forward(step, self.cache, rows=last, capture=capture)
+        return self.model.logits(hidden)
+
+    def step_input(self, batch: Seq[Rows]) -> StepInput:
+        """Index tensors for rows (ascending positions) of several requests; shorter block tables end in the
+        null block."""
+        counts = [len(rows) for _, rows in batch]
+        lists = [seq.blocks for seq, _ in batch]
+        table = np.zeros((len(batch), max(map(len, lists))), dtype=np.int32)
+        for row, blocks in zip(table, lists, strict=True):
+            row[: len(blocks)] = blocks
+        positions = np.asarray([p for _, rows in batch for p in rows], dtype=np.int64)
+        request = np.repeat(np.arange(len(batch)), counts)
+        page = self.cache.page
+        slots = table[request, positions // page].astype(np.int64) * page + positions % page
+        start = np.zeros(len(batch) + 1, dtype=np.int32)
+        np.cumsum(counts, out=start[1:])
         return StepInput(
-            token_ids=self._put(tokens),
+            token_ids=self._put(np.asarray([s.tokens[p] for s, rows in batch for p in rows], dtype=np.int64)),
             positions=self._put(positions.astype(np.int32)),
-            slot_mapping=self._put(self._slots(blocks, positions)),
-            query_start=self._put(np.asarray([0, len(rows)], dtype=np.int32)),
-            block_table=self._put(blocks.astype(np.int32)[None, :]),
-            seq_lens=self._put(np.asarray([rows[-1] + 1], dtype=np.int32)),
+            slot_mapping=self._put(slots),
+            query_start=self._put(start),
+            block_table=self._put(table),
+            seq_lens=self._put(np.asarray([rows[-1] + 1 for _, rows in batch], dtype=np.int32)),
         )
+
+    def grow(self, num_blocks: int, used: list[int]) -> None:
+        """Moves to a larger cache; the content of the `used` blocks goes along."""
+        old = self.cache
+        self.cache = KVCache(self.model.spec, num_blocks, old.page, old.k.dtype, old.k.device)
+        for block in used:
+            self.cache.k[:, block] = old.k[:, block]
+            self.cache.v[:, block] = old.v[:, block]
 
     def _slots(self, blocks: np.ndarray, positions: np.ndarray) -> np.ndarray:
         page = self.cache.page

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,12 +26,18 @@ class Sampler:
     def __call__(self, logits: Tensor) -> int:
         """logits `[vocab] float32`; returns a token id. Raises ModelError on NaN: no token is better."""
         best = logits.max(dim=-1)
-        if not torch.isfinite(best.values):  # max() passes NaN on
-            raise ModelError("The model's logits are not finite. Check its weights and dtype.")
+        token = self.checked(float(best.values), int(best.indices))
         if self.params.greedy:
-            return int(best.indices)
+            return token
         probs = torch.softmax(self.filtered(logits), dim=-1)
         return int(torch.multinomial(probs, 1, generator=self.generator))
+
+    @staticmethod
+    def checked(value: float, token: int) -> int:
+        """The token of the highest logit `value`; max() passes NaN on, so that one look is enough."""
+        if not math.isfinite(value):
+            raise ModelError("The model's logits are not finite. Check its weights and dtype.")
+        return token
 
     def filtered(self, logits: Tensor) -> Tensor:
         """Temperature, then top-k, then top-p; excluded tokens get -inf."""
@@ -45,3 +53,25 @@ class Sampler:
             remove[-1] = False  # the likeliest token always stays
             scores = scores.masked_fill(remove.scatter(0, order, remove), float("-inf"))
         return scores
+
+
+def sample(samplers: list[Sampler], logits: Tensor, rows: list[int]) -> list[int | Exception]:
+    """A token for each sampler from its row of logits `[n, vocab] float32`; an error stays with its row.
+
+    All greedy rows are decided together, with one transfer from the device.
+    """
+    greedy = [i for i, sampler in enumerate(samplers) if sampler.params.greedy]
+    best = logits[[rows[i] for i in greedy]].max(dim=-1) if greedy else None
+    found: dict[int, tuple[float, int]] = {}
+    if best is not None:
+        found = dict(zip(greedy, zip(best.values.tolist(), best.indices.tolist(), strict=True), strict=True))
+    out: list[int | Exception] = []
+    for i, sampler in enumerate(samplers):
+        try:
+            if i in found:
+                out.append(sampler.checked(*found[i]))
+            else:
+                out.append(sampler(logits[rows[i]]))
+        except Exception as error:
+            out.append(error)
+    return out

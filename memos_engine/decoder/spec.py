@@ -3,51 +3,33 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from memos_engine.decoder.families import (
+    SUPPORTED_ARCHITECTURES,
+    LayerSpec,
+    activation_of,
+    biases_of,
+    family_of,
+)
+from memos_engine.decoder.rope import SUPPORTED_ROPE, RopeSpec
 from memos_engine.errors import ModelFilesError, UnsupportedModelError
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
-SUPPORTED_ROPE = ("default", "llama3")
-
-
-@dataclass(frozen=True)
-class RopeSpec:
-    """Rotary position embedding: `default`, or `llama3` frequency scaling (Llama 3.1)."""
-
-    kind: str = "default"
-    theta: float = 10000.0
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-
-    def inv_freq(self, head_dim: int) -> torch.Tensor:
-        """Inverse frequencies `[head_dim / 2] float32`, as transformers computes them."""
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        inv = 1.0 / (self.theta**exponent)
-        if self.kind == "default":
-            return inv
-        wavelength = 2 * math.pi / inv
-        low = self.original_max_positions / self.low_freq_factor
-        high = self.original_max_positions / self.high_freq_factor
-        scaled = torch.where(wavelength > low, inv / self.factor, inv)
-        smooth = (self.original_max_positions / wavelength - self.low_freq_factor) / (
-            self.high_freq_factor - self.low_freq_factor
-        )
-        between = (1 - smooth) * scaled / self.factor + smooth * scaled
-        medium = ~(wavelength < high) & ~(wavelength > low)
-        return torch.where(medium, between, scaled)
+__all__ = ["SUPPORTED_ARCHITECTURES", "SUPPORTED_ROPE", "LayerSpec", "ModelSpec", "RopeSpec"]
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The architecture of one decoder."""
+    """The architecture of one decoder.
+
+    ropes: its tables of rotations, which `layers` name by index. sm_scale: factor on the attention scores.
+    biases: projections with a bias, by the fields of `LayerWeights`. qk_norm: RMS norm over each head of
+    q and k. sandwich_norms: norms behind attention and MLP as well. norm_offset: added to every norm's
+    weight. fused: the weights hold q, k, v in one tensor, and gate, up in another.
+    """
 
     architecture: str
     vocab_size: int
@@ -60,10 +42,28 @@ class ModelSpec:
     rms_eps: float
     tie_embeddings: bool
     max_positions: int
-    rope: RopeSpec
+    ropes: tuple[RopeSpec, ...]
+    layers: tuple[LayerSpec, ...]
+    sm_scale: float
+    activation: str = "silu"
+    biases: tuple[str, ...] = ()
+    qk_norm: bool = False
+    sandwich_norms: bool = False
+    norm_offset: float = 0.0
+    embed_scale: float = 1.0
+    fused: bool = False
+
+    @property
+    def rope(self) -> RopeSpec:
+        """The first table of rotations: the only one, but for Gemma 3."""
+        return self.ropes[0]
 
     def geometry(self) -> str:
         """Everything that shapes K and V, as canonical JSON; part of a KV record's identity."""
+        return self._geometry
+
+    @cached_property
+    def _geometry(self) -> str:
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
     def kv_bytes_per_token(self, element_size: int) -> int:
@@ -94,58 +94,39 @@ class ModelSpec:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> ModelSpec:
         """Reads the contents of a `config.json`; refuses by name what the decoder does not do."""
-        names = config.get("architectures") or [f"model_type {config.get('model_type')!r}"]
-        architecture = str(names[0])
-        if architecture not in SUPPORTED_ARCHITECTURES:
+        architecture, family = family_of(config)
+        if config.get("quantization_config"):
             raise UnsupportedModelError(
-                f"{architecture} is not supported. Supported architectures: "
-                f"{', '.join(SUPPORTED_ARCHITECTURES)} (SmolLM2, Llama 2 and 3, TinyLlama, ...)."
+                f"{architecture} with quantization_config={config['quantization_config']} is not supported. "
+                "Use the unquantised weights."
             )
-        for flag in ("attention_bias", "mlp_bias", "quantization_config"):
-            if config.get(flag):
-                raise UnsupportedModelError(f"{architecture} with {flag}={config[flag]} is not supported.")
-        act = config.get("hidden_act", "silu")
-        if act != "silu":
-            raise UnsupportedModelError(f"{architecture} with hidden_act={act!r}: only silu is supported.")
         heads = int(config["num_attention_heads"])
         kv_heads = int(config.get("num_key_value_heads") or heads)
         if heads % kv_heads:
             raise UnsupportedModelError(f"{heads} heads cannot share {kv_heads} KV heads evenly.")
+        hidden = int(config["hidden_size"])
+        head_dim = int(config.get("head_dim") or hidden // heads)
+        ropes, layers = family.layers(config)
         return cls(
             architecture=architecture,
             vocab_size=int(config["vocab_size"]),
-            hidden_size=int(config["hidden_size"]),
+            hidden_size=hidden,
             intermediate_size=int(config["intermediate_size"]),
-            num_layers=int(config["num_hidden_layers"]),
+            num_layers=len(layers),
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            head_dim=head_dim,
             rms_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_embeddings=bool(config.get("tie_word_embeddings", family.tied)),
             max_positions=int(config.get("max_position_embeddings", 2048)),
-            rope=_rope_spec(config),
+            ropes=ropes,
+            layers=layers,
+            sm_scale=float(config.get("query_pre_attn_scalar", 256) if family.gemma else head_dim) ** -0.5,
+            activation=activation_of(architecture, family, config),
+            biases=biases_of(family, config),
+            qk_norm=family.qk_norm,
+            sandwich_norms=family.gemma,
+            norm_offset=1.0 if family.gemma else 0.0,
+            embed_scale=hidden**0.5 if family.gemma else 1.0,
+            fused=family.fused,
         )
-
-
-def _rope_spec(config: dict[str, Any]) -> RopeSpec:
-    """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of older folders."""
-    old = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
-    parameters: dict[str, Any] = {**old, **(config.get("rope_parameters") or {})}
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind not in SUPPORTED_ROPE:
-        raise UnsupportedModelError(
-            f"RoPE type {kind!r} is not supported. Supported: {', '.join(SUPPORTED_ROPE)}."
-        )
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError("Partial rotary embedding is not supported.")
-    theta = float(parameters["rope_theta"])
-    if kind == "default":
-        return RopeSpec("default", theta)
-    return RopeSpec(
-        kind,
-        theta,
-        factor=float(parameters["factor"]),
-        low_freq_factor=float(parameters["low_freq_factor"]),
-        high_freq_factor=float(parameters["high_freq_factor"]),
-        original_max_positions=int(parameters["original_max_position_embeddings"]),
-    )

@@ -5,21 +5,20 @@ from __future__ import annotations
 import torch
 
 from memos_engine.decoder.kvcache import KVCache
-from memos_engine.decoder.model import LlamaDecoder
+from memos_engine.decoder.model import PagedDecoder
 from memos_engine.decoder.sequence import Splice
 from memos_engine.errors import PayloadError
 
 
-def splice(model: LlamaDecoder, cache: KVCache, part: Splice, slots: torch.Tensor) -> None:
-    """Writes a record's rows into the pages, K rotated once to its positions.
+def splice(model: PagedDecoder, cache: KVCache, part: Splice, slots: torch.Tensor) -> None:
+    """Writes a record's rows into the pages, K rotated once to its positions by each layer's own table.
 
-    slots: `[rows] int64`, one per row from `part.skip` on.
+    slots: `[rows] int64`, one per row from `part.skip` on. Raises PayloadError for a record of another shape.
     """
     spec, record = model.spec, part.record
     if (record.k.shape[0], *record.k.shape[2:]) != (spec.num_layers, spec.num_kv_heads, spec.head_dim):
         raise PayloadError(f"A record of shape {tuple(record.k.shape)} does not fit this model.", "identity")
-    k, v = record.k[:, part.skip :], record.v[:, part.skip :]
+    k, v = (t[:, part.skip :].to(slots.device) for t in (record.k, record.v))
     positions = torch.arange(part.start, part.start + k.shape[1], dtype=torch.int32, device=slots.device)
-    model.ops.splice_kv(
-        k.to(slots.device), v.to(slots.device), cache.k, cache.v, slots, positions, model.cos_sin
-    )
+    for layers, table in model.table_groups:
+        model.ops.splice_kv(k[layers], v[layers], cache.k[layers], cache.v[layers], slots, positions, table)

@@ -27,8 +27,10 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer. Projections are `[out, in]`, norms `[hidden]`.
+    """One layer; None: this family has none. Projections are `[out, in]`, their biases `[out]`, norms
+    `[hidden]` (`q_norm` and `k_norm` `[head_dim]`), ready to multiply with.
 
+    post_norm stands before the MLP; attn_out_norm and mlp_out_norm behind attention and MLP.
     qkv and gate_up are views over neighbours in memory, where they are neighbours: one product for several.
     """
 
@@ -41,20 +43,31 @@ class LayerWeights:
     gate: Tensor
     up: Tensor
     down: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    attn_out_norm: Tensor | None = None
+    mlp_out_norm: Tensor | None = None
     qkv: Tensor | None = None
     gate_up: Tensor | None = None
 
 
-_LAYER_NAMES = {
-    "input_norm": "input_layernorm",
+_PROJECTIONS = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
     "v": "self_attn.v_proj",
     "o": "self_attn.o_proj",
-    "post_norm": "post_attention_layernorm",
     "gate": "mlp.gate_proj",
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
+    "qkv": "self_attn.qkv_proj",
+    "gate_up": "mlp.gate_up_proj",
 }
 
 
@@ -76,16 +89,27 @@ class Weights:
         self.dtype = dtypes.pop()
         self.device = devices.pop()
         self.embed = self.tensors["model.embed_tokens.weight"]
-        self.norm = self.tensors["model.norm.weight"]
+        self.norm = _ready_norm(self.tensors["model.norm.weight"], spec)
         self.lm_head = self.embed if spec.tie_embeddings else self.tensors["lm_head.weight"]
-        self.layers = [self._layer(i) for i in range(spec.num_layers)]
+        self.layers = [self._layer(i, spec) for i in range(spec.num_layers)]
 
-    def _layer(self, index: int) -> LayerWeights:
+    def _layer(self, index: int, spec: ModelSpec) -> LayerWeights:
         parts = {
-            field: self.tensors[f"model.layers.{index}.{name}.weight"] for field, name in _LAYER_NAMES.items()
+            field: self.tensors[f"model.layers.{index}.{name}"]
+            for field, (name, _) in _layer_parts(spec).items()
         }
-        qkv = _joined(parts["q"], parts["k"], parts["v"])
-        return LayerWeights(**parts, qkv=qkv, gate_up=_joined(parts["gate"], parts["up"]))
+        for field in parts:
+            if field.endswith("norm"):
+                parts[field] = _ready_norm(parts[field], spec)
+        if spec.fused:
+            kv = spec.num_kv_heads * spec.head_dim
+            parts["q"], parts["k"], parts["v"] = parts["qkv"].split([spec.num_heads * spec.head_dim, kv, kv])
+            parts["gate"], parts["up"] = parts["gate_up"].chunk(2)
+        joined = {
+            "qkv": _joined(parts["q"], parts["k"], parts["v"]),
+            "gate_up": _joined(parts["gate"], parts["up"]),
+        }
+        return LayerWeights(**(parts | joined))
 
     @property
     def nbytes(self) -> int:
@@ -121,30 +145,47 @@ class Weights:
 
 
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors a model of this spec has."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    layer = {
-        "input_norm": (hidden,),
-        "q": (q, hidden),
-        "k": (kv, hidden),
-        "v": (kv, hidden),
-        "o": (hidden, q),
-        "post_norm": (hidden,),
-        "gate": (inner, hidden),
-        "up": (inner, hidden),
-        "down": (hidden, inner),
-    }
+    """Names and shapes of a model's tensors, in the order in which a forward reads them."""
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (spec.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
+        "model.embed_tokens.weight": (spec.vocab_size, spec.hidden_size),
+        "model.norm.weight": (spec.hidden_size,),
     }
     if not spec.tie_embeddings:
-        shapes["lm_head.weight"] = (spec.vocab_size, hidden)
+        shapes["lm_head.weight"] = (spec.vocab_size, spec.hidden_size)
     for i in range(spec.num_layers):
-        for field, shape in layer.items():
-            shapes[f"model.layers.{i}.{_LAYER_NAMES[field]}.weight"] = shape
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in _layer_parts(spec).values()}
     return shapes
+
+
+def _layer_parts(spec: ModelSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name within a layer and shape by the field of LayerWeights; q, k, v and gate, up are neighbours."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    products = {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden)}
+    gates = {"gate": (inner, hidden), "up": (inner, hidden)}
+    if spec.fused:
+        products, gates = {"qkv": (q + 2 * kv, hidden)}, {"gate_up": (2 * inner, hidden)}
+    products |= {"o": (hidden, q), **gates, "down": (hidden, inner)}
+    norms = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
+    if spec.sandwich_norms:
+        norms |= {
+            "attn_out_norm": "post_attention_layernorm",
+            "post_norm": "pre_feedforward_layernorm",
+            "mlp_out_norm": "post_feedforward_layernorm",
+        }
+    parts: dict[str, tuple[str, tuple[int, ...]]] = {
+        field: (f"{name}.weight", (hidden,)) for field, name in norms.items()
+    }
+    parts |= {field: (f"{_PROJECTIONS[field]}.weight", shape) for field, shape in products.items()}
+    parts |= {f"{field}_bias": (f"{_PROJECTIONS[field]}.bias", products[field][:1]) for field in spec.biases}
+    if spec.qk_norm:
+        parts |= {f"{x}_norm": (f"self_attn.{x}_norm.weight", (spec.head_dim,)) for x in ("q", "k")}
+    return parts
+
+
+def _ready_norm(weight: Tensor, spec: ModelSpec) -> Tensor:
+    """The factor of a norm: `1 + w` in float32 where a family stores `w`. Norms are tiny; they are copied."""
+    return weight.float() + spec.norm_offset if spec.norm_offset else weight
 
 
 def _checked(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:

@@ -212,17 +212,16 @@ def chat(
         with notes.status("getting ready"):
             person = engine.ready().user(_user(user))
         if question is not None:
-            _answer(person, question, params, (), as_json)
+            _answer(person, question, params, None, as_json)
             return
         notes.print("Type a message; /remember TEXT stores a memory, an empty line ends.", style="dim")
-        turns: list[tuple[str, str]] = []
         while line := _ask():
             try:
                 if line.startswith("/remember"):
                     cube = person.remember(line.removeprefix("/remember").strip())
                     notes.print(f"Remembered as {cube.id}.", style="dim")
                 else:
-                    turns.append((line, _answer(person, line, params, tuple(turns[-3:]), as_json)))
+                    _answer(person, line, params, "chat", as_json)
             except (MemoryInputError, ContextLengthError) as error:
                 if not sys.stdin.isatty():
                     raise
@@ -236,13 +235,18 @@ def _ask() -> str:
         return ""
 
 
-def _answer(
-    person: Any, question: str, params: Any, turns: tuple[tuple[str, str], ...], as_json: bool
-) -> str:
+def _answer(person: Any, question: str, params: Any, session: str | None, as_json: bool) -> None:
     def show(piece: str) -> None:
         print(piece, end="", flush=True)
 
-    reply = person.chat(question, params, history=turns, stream=None if as_json else show)
+    stream = None if as_json else show
+    try:
+        reply = person.chat(question, params, session=session, stream=stream)
+    except ContextLengthError:
+        if session is None or not person.end_session(session):
+            raise
+        notes.print("The conversation fills the window: it begins anew, with the memories.", style="dim")
+        reply = person.chat(question, params, session=session, stream=stream)
     if as_json:
         emit(
             {
@@ -258,7 +262,6 @@ def _answer(
         print()
         used = [f"{form} {cube_id}" for cube_id, form in reply.forms.items()]
         notes.print(f"first token {reply.ttft_ms:.0f} ms; memories: {', '.join(used) or 'none'}", style="dim")
-    return str(reply.text)
 
 
 def _memories_table(rows: Sequence[tuple[Any, float | None]]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from memos_engine.ops import contracts
-from memos_engine.ops.backend import OPS, Backend, backend_for, describe
+from memos_engine.ops.backend import OPS, Backend, backend_for, describe, layer_stack_of
 from memos_engine.ops.reference import rope_table
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "append_kv",
     "backend_for",
     "describe",
+    "layer_stack_of",
     "linear",
     "paged_attention",
     "rms_norm",

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
-from typing import Any, Protocol, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from memos_engine.errors import MemosEngineError
+
+if TYPE_CHECKING:
+    from memos_engine.ops.stack import LayerStack
 
 ISA_VARIABLE = "MEMOS_ENGINE_CPU_ISA"
 OPS = ("paged_attention", "append_kv", "splice_kv", "rms_norm", "rope", "silu_mul", "linear")
@@ -82,6 +87,19 @@ class Backend(Protocol):
 def backend_for(device: torch.device | str) -> Backend:
     """The unchecked backend of a device: for callers that make their tensors right by construction."""
     return _backend(device.split(":")[0] if isinstance(device, str) else device.type)
+
+
+def layer_stack_of(backend: Backend) -> Callable[..., LayerStack | None] | None:
+    """A backend's way to run all layers of a small forward in one call, or None if it has none.
+
+    It is called with `(layers, final_norm, eps, sm_scale, k_pages, v_pages)` (`ops.stack.StackLayer`) and
+    answers None itself where dtypes, shapes or layouts are not for it.
+    """
+    make = getattr(backend, "layer_stack", None)
+    module = "memos_engine.ops.cpu_stack"
+    if make is None and backend.NAME == "native" and importlib.util.find_spec(module):
+        make = importlib.import_module(module).layer_stack
+    return cast("Callable[..., LayerStack | None] | None", make)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import torch
 
 from memos_engine.config import ConfigError, DecoderConfig, SamplingParams
 from memos_engine.decoder.sampler import Sampler
-from memos_engine.decoder.sequence import TextSpan
+from memos_engine.decoder.sequence import NO_TOKEN, TextSpan
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.decoder.weights import Weights
 from memos_engine.errors import (
@@ -75,17 +75,18 @@ def test_a_stream_abandoned_half_way_returns_its_pages(engine, random_ids):
     for _ in range(3):
         next(stream)
     stream.close()
-    assert engine.batcher.running is None
+    assert not engine.batcher.running
 
 
-def test_requests_wait_for_each_other(engine, random_ids):
+def test_requests_run_side_by_side(engine, random_ids):
     first = engine.add_request([TextSpan(random_ids(20, 1))], SamplingParams(max_new_tokens=5))
     second = engine.add_request([TextSpan(random_ids(20, 2))], SamplingParams(max_new_tokens=5))
-    order = []
-    while (out := engine.step()) is not None:
-        order.append(out.sequence.id)
-    assert order == [first.id] * 5 + [second.id] * 5
-    assert engine.step() is None
+    steps = []
+    while outputs := engine.step():
+        steps.append([out.sequence.id for out in outputs])
+    assert steps == [[first.id, second.id]] * 5
+    assert engine.idle
+    assert engine.step() == []
 
 
 def test_two_threads_each_get_their_own_tokens(engine, random_ids):
@@ -103,12 +104,12 @@ def test_two_threads_each_get_their_own_tokens(engine, random_ids):
 def test_an_error_reaches_only_the_request_it_belongs_to(engine, random_ids):
     good = engine.add_request([TextSpan(random_ids(20, 1))], SamplingParams(max_new_tokens=3))
     bad = engine.generate([TextSpan(random_ids(20, 2))], SamplingParams(max_new_tokens=3))
-    engine.runner.run, run = (
-        (lambda seq, rows: 1 / 0 if seq is not good else run(seq, rows)),
-        engine.runner.run,
-    )
+    run = engine.runner.run
+    engine.runner.run = lambda batch: 1 / 0 if any(seq is not good for seq, _ in batch) else run(batch)
     with pytest.raises(ZeroDivisionError):
         list(bad)
+    while not engine.idle:
+        engine.step()
     assert len(good.output) == 3
     assert good.error is None
 
@@ -136,7 +137,7 @@ def test_an_interrupt_leaves_the_engine_sound(engine, random_ids, monkeypatch, p
         list(engine.generate([TextSpan(random_ids(32))], once))
     monkeypatch.undo()
     engine.check_integrity()
-    assert engine.batcher.running is None
+    assert not engine.batcher.running
     assert len(list(engine.generate([TextSpan(random_ids(40))], SamplingParams(max_new_tokens=3)))) == 3
 
 
@@ -144,7 +145,7 @@ def test_an_aborted_waiting_request_never_runs(engine, random_ids):
     first = engine.add_request([TextSpan(random_ids(20, 1))], SamplingParams(max_new_tokens=2))
     second = engine.add_request([TextSpan(random_ids(20, 2))])
     engine.abort(second)
-    while engine.step() is not None:
+    while engine.step():
         pass
     assert first.finish_reason == "length"
     assert second.output == []
@@ -153,9 +154,11 @@ def test_an_aborted_waiting_request_never_runs(engine, random_ids):
 def test_a_failing_forward_frees_the_request(engine, random_ids, monkeypatch):
     seq = engine.add_request([TextSpan(random_ids(20))])
     monkeypatch.setattr(engine.runner, "run", lambda *a: (_ for _ in ()).throw(RuntimeError("no")))
+    (out,) = engine.step()
+    assert (out.sequence, out.token, out.finish_reason) == (seq, NO_TOKEN, "error")
+    assert str(seq.error) == "no"
     with pytest.raises(RuntimeError, match="no"):
-        engine.step()
-    assert seq.finish_reason == "abort"
+        list(engine.generate([TextSpan(random_ids(20))]))
     monkeypatch.undo()
     assert len(list(engine.generate([TextSpan(random_ids(20))], SamplingParams(max_new_tokens=3)))) == 3
 
@@ -217,10 +220,8 @@ def test_a_broken_config_is_an_error_of_files_or_model(tmp_path, content):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
     ],
 )
 def test_unsupported_features_are_refused_by_name(tiny_llama, change, words):

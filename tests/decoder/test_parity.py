@@ -61,7 +61,7 @@ def test_logits_equal_transformers(tiny_llama, make_engine, random_ids):
     ids = random_ids(40)
     engine = make_engine(model, dtype="float32")
     seen = []
-    engine.runner.run, run = lambda seq, rows: seen.append(run(seq, rows)) or seen[-1], engine.runner.run
+    engine.runner.run, run = lambda batch: seen.append(run(batch)[0]) or run(batch), engine.runner.run
     ours(engine, ids, 1)
     with torch.inference_mode():
         expected = model(torch.tensor([ids])).logits[0, -1]
@@ -104,6 +104,6 @@ def test_bf16_stays_within_the_noise_of_its_rounding(tiny_llama, make_engine, ra
         torch_error = (half(torch.tensor([ids])).logits[0, -1].float() - truth).abs().max()
     engine = make_engine(half, dtype="bfloat16")
     seen = []
-    engine.runner.run, run = lambda seq, rows: seen.append(run(seq, rows)) or seen[-1], engine.runner.run
+    engine.runner.run, run = lambda batch: seen.append(run(batch)[0]) or run(batch), engine.runner.run
     ours(engine, ids, 1)
     assert (seen[0] - truth).abs().max() <= 2 * torch_error + 1e-3

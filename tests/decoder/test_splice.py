@@ -21,6 +21,8 @@ def run(engine, spans, count=40):
     while seq.finish_reason is None:
         engine.step()
     engine.check_integrity()
+    if seq.error is not None:
+        raise seq.error
     return seq
 
 

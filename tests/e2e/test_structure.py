@@ -18,6 +18,7 @@ LAYER_OF = {
     "user": "api",
     "activation": "meeting",
     "reply": "meeting",
+    "chats": "meeting",
     "prompt": "meeting",
     "models": "parts",
     "memory": "parts",

@@ -34,7 +34,7 @@ def engine(tiny_folder, tmp_path):
     with open_engine(tiny_folder, tmp_path / "store") as engine:
         yield engine
         engine.decoder.check_integrity()
-        assert engine.decoder.batcher.running is None
+        assert not engine.decoder.batcher.running
 
 
 @pytest.fixture
@@ -303,3 +303,59 @@ def test_a_locked_store_says_so(tiny_folder, tmp_path, monkeypatch):
         opened.close()
         engine.store = old
         assert len(engine.user("alice").memories()) == 2
+
+
+# -- sessions ------------------------------------------------------------------------------------
+
+
+def test_a_session_holds_its_turns_and_memories(alice, engine):
+    alice.warm()
+    first = alice.chat("What is my dog called?", SHORT, session="s", max_memories=1)
+    pages = engine.chats.get(alice.principal, "s", b"").pages
+    before = pages.tokens
+    second = alice.chat("And my sister?", SHORT, session="s", max_memories=3)
+    assert second.stats.prefix_tokens >= before - 1  # all but the newest token was in its pages
+    assert not set(first.forms) & set(second.forms)  # what it holds is not put in again
+    whole = [t for span in pages.spans for t in span.token_ids]
+    close = list(engine.layout.answer_close)
+    at = len(whole) - pages.tokens + before
+    assert whole[at - 1 : at - 1 + len(close)] == close or whole[at : at + len(close)] == close
+
+
+def test_a_replayed_session_answers_the_same(tiny_folder, tmp_path):
+    replies = []
+    for forget in (False, True):
+        with open_engine(tiny_folder, tmp_path / f"store{forget}") as engine:
+            bob = engine.user("bob")
+            for fact in FACTS:
+                bob.remember(fact)
+            bob.warm()
+            bob.chat("What is my dog called?", SHORT, session="s")
+            if forget:
+                engine.decoder.forget_prefixes()
+            replies.append(bob.chat("Are you sure?", SHORT, session="s"))
+            engine.decoder.check_integrity()
+    assert replies[0].token_ids == replies[1].token_ids
+    assert replies[0].stats.prefix_tokens > 0 == replies[1].stats.prefix_tokens
+
+
+def test_sessions_of_two_users_are_apart_and_end_with_a_memory(alice, engine):
+    bob = engine.user("bob")
+    alice.chat("Hello", SHORT, session="s")
+    bob.chat("Hello", SHORT, session="s")
+    assert engine.chats.get(alice.principal, "s", b"") is not engine.chats.get(bob.principal, "s", b"")
+    with pytest.raises(MemoryInputError, match="history"):
+        alice.chat("Hello", SHORT, session="s", history=[("a", "b")])
+    alice.erase(alice.memories()[0].id)  # the conversation may hold it
+    assert not alice.end_session("s")
+    assert bob.end_session("s")
+    assert engine.decoder.batcher.sessions == {}
+
+
+def test_a_session_over_the_window_says_so(alice):
+    def talk_on():
+        for _ in range(200):
+            alice.chat("word " * 20, SHORT, session="s", form="none")
+
+    with pytest.raises(ContextLengthError, match="another session"):
+        talk_on()

@@ -1,0 +1,33 @@
+"""A conversation whose pages stay between its requests, approximate ones included.
+
+The prefix index takes exact pages only. A session may go on from any page of its own: what was spliced stays
+where it was spliced, under the same lineage. Its pages are the first to be given away when others need room;
+the next request then replays the whole plan, splices and all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from memos_engine.decoder.sequence import Sequence, Span
+
+
+@dataclass(eq=False)
+class Session:
+    """spans: everything so far, questions and answers. blocks: pages that hold the first `computed` tokens;
+    none where they were given away. epoch: that of the pool when the pages were made."""
+
+    root: bytes = b""
+    spans: tuple[Span, ...] = ()
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    epoch: int = 0
+    request: Sequence | None = None  # under way; one at a time
+    closed: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the conversation so far."""
+        return sum(len(span.token_ids) for span in self.spans)
