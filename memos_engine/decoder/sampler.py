@@ -61,7 +61,8 @@ def sample(samplers: list[Sampler], logits: Tensor, rows: list[int]) -> list[int
     All greedy rows are decided together, with one transfer from the device.
     """
     greedy = [i for i, sampler in enumerate(samplers) if sampler.params.greedy]
-    best = logits[[rows[i] for i in greedy]].max(dim=-1) if greedy else None
+    all_rows = len(greedy) == logits.shape[0]
+    best = (logits if all_rows else logits[[rows[i] for i in greedy]]).max(dim=-1) if greedy else None
     found: dict[int, tuple[float, int]] = {}
     if best is not None:
         found = dict(zip(greedy, zip(best.values.tolist(), best.indices.tolist(), strict=True), strict=True))
