@@ -1,7 +1,9 @@
 // memos_engine._cpu: pointers come as integers (tensor.data_ptr()), sizes and strides in elements.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "bind_kv_write.h"
+#include "memos_engine/stack.h"
 
 namespace py = pybind11;
 using namespace memos_engine;
@@ -119,6 +121,35 @@ int py_linear(Address x, Address weight, Address out, int dtype, Size tokens, Si
     return unlocked([&] { return linear(args, threads); });
 }
 
+// One layer's pointers in the order of StackLayer, then max_position, rotary_dim, window.
+StackLayer stack_layer(const std::vector<Address>& p, Size max_position, Size rotary_dim, Size window) {
+    return {at<void>(p.at(0)),  at<void>(p.at(1)),  at<void>(p.at(2)),
+            at<void>(p.at(3)),  at<void>(p.at(4)),  at<void>(p.at(5)),
+            at<void>(p.at(6)),  at<void>(p.at(7)),  at<void>(p.at(8)),
+            at<void>(p.at(9)),  at<void>(p.at(10)), at<void>(p.at(11)),
+            at<void>(p.at(12)), at<void>(p.at(13)), at<float>(p.at(14)),
+            max_position,       rotary_dim,         window};
+}
+
+int py_run_stack(const Stack& stack, Address hidden, Address out, Address rows, Address slot,
+                 Address positions, Address query_start, Address block_table, Address seq_lens, Size tokens,
+                 Size wanted, Size requests, Size max_blocks, Size table_stride, int threads) {
+    const StackCall call = {at<void>(hidden),
+                            at<void>(out),
+                            at<int64_t>(rows),
+                            at<int64_t>(slot),
+                            at<int32_t>(positions),
+                            at<int32_t>(query_start),
+                            at<int32_t>(block_table),
+                            at<int32_t>(seq_lens),
+                            tokens,
+                            wanted,
+                            requests,
+                            max_blocks,
+                            table_stride};
+    return unlocked([&] { return run_stack(stack, call, threads); });
+}
+
 py::list isa_levels() {
     py::list levels;
     for (int i = 0; isa_name(i); ++i) levels.append(py::make_tuple(isa_name(i), isa_supported(i)));
@@ -135,6 +166,38 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("rms_norm", &py_rms_norm);
     m.def("silu_mul", &py_silu_mul);
     m.def("linear", &py_linear);
+    py::class_<Stack>(m, "Stack")
+        .def(py::init([](Address final_norm, int dtype, int norm_dtype, Size hidden, Size inner, Size heads,
+                         Size kv_heads, Size head_dim, float eps, float sm_scale, Address k_pages,
+                         Address v_pages, Size blocks, Size page, const std::vector<Size>& strides) {
+            return Stack{{},
+                         at<void>(final_norm),
+                         static_cast<DType>(dtype),
+                         static_cast<DType>(norm_dtype),
+                         hidden,
+                         inner,
+                         heads,
+                         kv_heads,
+                         head_dim,
+                         eps,
+                         sm_scale,
+                         at<void>(k_pages),
+                         at<void>(v_pages),
+                         blocks,
+                         page,
+                         strides.at(0),
+                         strides.at(1),
+                         strides.at(2),
+                         strides.at(3),
+                         strides.at(4),
+                         strides.at(5),
+                         strides.at(6),
+                         strides.at(7)};
+        }))
+        .def("add_layer",
+             [](Stack& s, const std::vector<Address>& pointers, Size max_position, Size rotary_dim,
+                Size window) { s.layers.push_back(stack_layer(pointers, max_position, rotary_dim, window)); })
+        .def("run", &py_run_stack);
     m.def("isa_levels", &isa_levels, "[(name, supported here)], worst first");
     m.def("isa_select", &isa_select);
     m.def("isa_selected", &isa_selected);

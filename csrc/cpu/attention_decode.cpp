@@ -10,23 +10,76 @@ namespace {
 
 struct Work {
     const int64_t *k_at, *v_at;
-    const float* q;  // [rows][padded], scaled
-    float* scores;   // [rows][256]
-    float* out;      // [rows][padded]
+    const float* q;            // [rows][padded]
+    const uint16_t* narrow_q;  // the same in bfloat16, where the queries are bfloat16
+    float* scores;             // [rows][256]
+    float* out;                // [rows][padded]
     int64_t n, padded;
+    float scale;
 };
 
-template <class S, int R>
-void score(const Attention& a, const Work& w) {
-    for (int64_t j = 0; j < w.n; ++j) {
-        const typename S::T* k = (const typename S::T*)a.k + w.k_at[j];
-        F acc[R] = {};
-        for (int64_t d = 0; d < w.padded; d += kWidth) {
-            const F key = S::load(k + d);
-            for (int r = 0; r < R; ++r) acc[r] += key * load(w.q + r * w.padded + d);
-        }
-        for (int r = 0; r < R; ++r) w.scores[r * kDecodeKeys + j] = sum(acc[r]);
+// How a query row is kept (`P`), and how kStep products with a key are added to a sum.
+template <class S>
+struct Product {
+    typedef float P;
+    static constexpr int64_t kStep = kWidth;
+    static ME_INLINE F add(F acc, const typename S::T* k, F q) { return acc + S::load(k) * q; }
+    static ME_INLINE F load(const P* q) { return load_bits<F>(q); }
+};
+
+#if defined(__AVX512BF16__)
+// Pairs of bfloat16 products, added in float32 by one instruction; for queries that are bfloat16 themselves.
+struct BFloat16Pairs {};
+template <>
+struct Product<BFloat16Pairs> {
+    typedef uint16_t P;
+    static constexpr int64_t kStep = 32;
+    static ME_INLINE F add(F acc, const uint16_t* k, __m512bh q) {
+        return (F)_mm512_dpbf16_ps((__m512)acc, load_bits<__m512bh>(k), q);
     }
+    static ME_INLINE __m512bh load(const P* q) { return load_bits<__m512bh>(q); }
+};
+#endif
+
+// Lines that the loop below will want soon: keys of one head lie apart, where no prefetcher follows.
+template <class T>
+ME_INLINE void fetch(const T* p, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i);
+}
+
+// scores[r][j] = q[r] . k[j] for kWidth keys at a time, whose sums are taken together.
+template <class Pr, class T, int R>
+void score(const Attention& a, const Work& w, const typename Pr::P* q, float scale) {
+    constexpr int64_t kAhead = 2 * kWidth;  // keys
+    const T *k = (const T*)a.k, *v = (const T*)a.v;
+    for (int64_t j = 0; j < w.n; j += kWidth) {
+        const T* key[kWidth];
+        for (int i = 0; i < kWidth; ++i) {
+            const int64_t at = j + i < w.n ? j + i : w.n - 1;
+            const int64_t next = at + kAhead < w.n ? at + kAhead : w.n - 1;
+            key[i] = k + w.k_at[at];
+            fetch(k + w.k_at[next], w.padded);
+            fetch(v + w.v_at[at], w.padded);
+        }
+        for (int r = 0; r < R; ++r) {
+            F acc[kWidth] = {};
+            for (int64_t d = 0; d < w.padded; d += Pr::kStep) {
+                const auto part = Pr::load(q + r * w.padded + d);
+                for (int i = 0; i < kWidth; ++i) acc[i] = Pr::add(acc[i], key[i] + d, part);
+            }
+            store(w.scores + r * kDecodeKeys + j, sums(acc) * scale);
+        }
+    }
+}
+
+template <class S, int R>
+void scores(const Attention& a, const Work& w) {
+    typedef typename S::T T;
+#if defined(__AVX512BF16__)
+    if constexpr (S::dtype == DType::bf16)
+        if (w.narrow_q) return score<Product<BFloat16Pairs>, T, R>(a, w, w.narrow_q, w.scale);
+#endif
+    score<Product<S>, T, R>(a, w, w.q, w.scale);
 }
 
 template <class S, int R, int C>
@@ -73,7 +126,7 @@ float softmax(float* scores, int64_t n, int64_t from, int64_t until, float& top)
 
 template <class S, int R>
 void run_rows(const Attention& a, const AttentionItem& item, const Work& w) {
-    score<S, R>(a, w);
+    scores<S, R>(a, w);
     const Rows rows(a, item);
     float top[R], total[R];
     for (int r = 0; r < R; ++r) {
@@ -126,6 +179,7 @@ void run_padded(const Attention& a, const AttentionItem& item, Work w, float* co
     Attention padded = a;
     int64_t at[kDecodeKeys];
     padded.k = copies, padded.v = copies + kDecodeKeys * w.padded;
+    w.narrow_q = nullptr;
     for (int64_t j = 0; j < w.n; ++j) {
         at[j] = j * w.padded;
         widen<S>(copies + at[j], (const typename S::T*)a.k + w.k_at[j], a.head_dim, w.padded);
@@ -141,7 +195,7 @@ void run_padded(const Attention& a, const AttentionItem& item, Work w, float* co
 int64_t decode_scratch(int64_t head_dim) {
     const int64_t padded = round_up(head_dim, 16);
     const int64_t copies = head_dim == padded ? 0 : 2 * kDecodeKeys * padded;
-    return sizeof(float) * (kDecodeRows * (2 * padded + kDecodeKeys) + copies);
+    return sizeof(float) * (kDecodeRows * (3 * padded + kDecodeKeys) + copies);
 }
 
 void attention_decode(const Attention& a, const AttentionItem& item, float* scratch) {
@@ -150,22 +204,26 @@ void attention_decode(const Attention& a, const AttentionItem& item, float* scra
     float* q = scratch;
     float* scores = q + kDecodeRows * padded;
     float* out = scores + kDecodeRows * kDecodeKeys;
+    uint16_t* narrow_q = (uint16_t*)(out + kDecodeRows * padded);
+    float* copies = out + 2 * kDecodeRows * padded;
     const Rows rows(a, item);
-    const float scale = a.sm_scale * kLog2E;
+    const bool pairs = a.q_dtype == DType::bf16 && padded % 32 == 0 && a.head_dim == padded;
     for (int r = 0; r < item.rows; ++r) {
-        float* to = q + r * padded;
         with_dtype(a.q_dtype, [&](auto t) {
-            widen<decltype(t)>(to, rows.query<decltype(t)>(item.row + r), a.head_dim, padded);
+            const auto* from = rows.query<decltype(t)>(item.row + r);
+            widen<decltype(t)>(q + r * padded, from, a.head_dim, padded);
+            if (pairs) std::memcpy(narrow_q + r * padded, from, padded * sizeof(uint16_t));
         });
-        for (int64_t d = 0; d < padded; d += kWidth) store(to + d, load(to + d) * scale);
     }
-    const Work w = {k_at, v_at, q, scores, out, item.key_end - item.key, padded};
+    const float scale = a.sm_scale * kLog2E;
+    const Work w = {k_at,   v_at, q, pairs ? narrow_q : nullptr, scores, out, item.key_end - item.key,
+                    padded, scale};
     locate(a, item, item.key, w.n, k_at, v_at);
     with_dtype(a.kv_dtype, [&](auto kv) {
         if (a.head_dim == padded)
             run<decltype(kv)>(a, item, w);
         else
-            run_padded<decltype(kv)>(a, item, w, out + kDecodeRows * padded);
+            run_padded<decltype(kv)>(a, item, w, copies);
     });
 }
 

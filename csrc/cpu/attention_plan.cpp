@@ -2,25 +2,14 @@
 //
 // How a request is cut depends only on its own rows and keys, never on its neighbours in the batch or on the
 // number of threads: a row's result is the same bits in any batch.
-#include <algorithm>
-#include <vector>
+#include "attention_plan.h"
 
-#include "level.h"
+#include <algorithm>
+
 #include "threads.h"
 
 namespace memos_engine {
 namespace {
-
-struct Group {
-    int32_t first, count;  // items that make up one set of rows
-};
-
-struct Plan {
-    std::vector<AttentionItem> items;
-    std::vector<Group> groups;
-    int64_t partial_floats = 0;
-    double work = 0;  // rows x keys
-};
 
 int32_t last_visible(const Attention& a, int64_t request, int64_t row, int64_t rows) {
     const int64_t group = a.heads / a.kv_heads, start = a.query_start[request];
@@ -39,7 +28,9 @@ int32_t first_visible(const Attention& a, int64_t request, int64_t row, int64_t 
     return (int32_t)std::max<int64_t>(first, 0);
 }
 
-Status check(const Attention& a) {
+}  // namespace
+
+Status check_attention(const Attention& a) {
     if (a.requests > 0 && a.query_start[0] < 0) return Status::bad_query_start;
     for (int64_t b = 0; b < a.requests; ++b) {
         const int64_t start = a.query_start[b], end = a.query_start[b + 1];
@@ -57,8 +48,9 @@ Status check(const Attention& a) {
     return Status::ok;
 }
 
-Plan make_plan(const Attention& a) {
-    Plan plan;
+AttentionPlan plan_attention(const Attention& a) {
+    AttentionPlan plan;
+    int64_t partial_floats = 0;
     const int64_t group = a.heads / a.kv_heads;
     for (int64_t b = 0; b < a.requests; ++b) {
         const int64_t rows = (a.query_start[b + 1] - a.query_start[b]) * group;
@@ -78,46 +70,40 @@ Plan make_plan(const Attention& a) {
                     plan.items.push_back({(int32_t)b, (int32_t)h, (int32_t)row, (int32_t)n, (int32_t)key,
                                           (int32_t)std::min(end, key + split), nullptr});
                 }
-                if (parts > 1) plan.partial_floats += parts * n * (2 + a.head_dim);
+                if (parts > 1) partial_floats += parts * n * (2 + a.head_dim);
             }
+        }
+    }
+    plan.partial.resize((size_t)partial_floats);
+    float* at = plan.partial.data();
+    for (const AttentionGroup& group : plan.groups) {
+        if (group.count == 1) continue;
+        for (int32_t i = group.first; i < group.first + group.count; ++i) {
+            plan.items[(size_t)i].partial = at;
+            at += plan.items[(size_t)i].rows * (2 + a.head_dim);
         }
     }
     return plan;
 }
 
-void place_partials(const Attention& a, Plan& plan, float* at) {
-    for (const Group& group : plan.groups) {
-        if (group.count == 1) continue;
-        for (int32_t i = group.first; i < group.first + group.count; ++i) {
-            plan.items[i].partial = at;
-            at += plan.items[i].rows * (2 + a.head_dim);
-        }
-    }
+void run_attention_item(const Attention& a, const AttentionPlan& plan, int64_t index, const Level& level) {
+    const AttentionItem& item = plan.items[plan.items.size() - 1 - (size_t)index];
+    const int64_t rows = a.query_start[item.request + 1] - a.query_start[item.request];
+    if (rows * (a.heads / a.kv_heads) <= kDecodeRows)
+        level.attention_decode(a, item, (float*)thread_scratch(level.decode_scratch(a.head_dim)));
+    else
+        level.attention(a, item, (float*)thread_scratch(level.attention_scratch(a.head_dim)));
 }
 
-}  // namespace
-
 Status paged_attention(const Attention& a, int threads) {
-    if (const Status status = check(a); status != Status::ok) return status;
+    if (const Status status = check_attention(a); status != Status::ok) return status;
     const Level& level = *selected_level();
-    Plan plan = make_plan(a);
-    std::vector<float> partial((size_t)plan.partial_floats);
-    place_partials(a, plan, partial.data());
-    const int64_t count = (int64_t)plan.items.size();
+    const AttentionPlan plan = plan_attention(a);
     // A parallel region costs a few microseconds; below this much work it would cost more than it saves.
     constexpr double kMinWork = 4096;
     if (plan.work * (double)a.head_dim < kMinWork * 64) threads = 1;
-    const int64_t big = level.attention_scratch(a.head_dim), small = level.decode_scratch(a.head_dim);
-    parallel(count, threads, [&](int64_t i) {
-        // Long items first: in a causal prompt those are the last ones.
-        const AttentionItem& item = plan.items[(size_t)(count - 1 - i)];
-        const int64_t rows = a.query_start[item.request + 1] - a.query_start[item.request];
-        if (rows * (a.heads / a.kv_heads) <= kDecodeRows)
-            level.attention_decode(a, item, (float*)thread_scratch(small));
-        else
-            level.attention(a, item, (float*)thread_scratch(big));
-    });
-    for (const Group& group : plan.groups)
+    parallel((int64_t)plan.items.size(), threads, [&](int64_t i) { run_attention_item(a, plan, i, level); });
+    for (const AttentionGroup& group : plan.groups)
         if (group.count > 1) level.attention_merge(a, &plan.items[(size_t)group.first], group.count);
     return Status::ok;
 }

@@ -74,6 +74,21 @@ void rms_norm(const RmsNorm& a, int64_t token, int64_t token_end, float* weight)
     with_dtype(a.dtype, [&](auto s) { norm_rows<decltype(s)>(a, token, token_end, weight); });
 }
 
+void add_rows(const AddRows& a, int64_t column, int64_t column_end) {
+    with_dtype(a.dtype, [&](auto s) {
+        typedef decltype(s) S;
+        typedef typename S::T T;
+        for (int64_t i = 0; i < a.tokens; ++i) {
+            T* to = (T*)a.to + i * a.to_token;
+            const T* from = (const T*)a.from + i * a.from_token;
+            for (int64_t d = column; d < column_end; d += kWidth) {
+                const int64_t left = column_end - d;
+                store_tail<S>(to + d, load_tail<S>(to + d, left) + load_tail<S>(from + d, left), left);
+            }
+        }
+    });
+}
+
 void silu_mul(const SiluMul& a, int64_t token, int64_t token_end) {
     with_dtype(a.dtype, [&](auto s) {
         typedef decltype(s) S;

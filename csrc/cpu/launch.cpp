@@ -69,7 +69,6 @@ void silu_mul(const SiluMul& a, int threads) {
 Status linear(const Linear& a, int threads) {
     if (a.tokens <= 0) return Status::ok;
     const Level& level = *selected_level();
-    if (!level.linear_fits(a)) return Status::too_many_rows;
     void* packed = thread_scratch(level.linear_scratch(a));
     level.linear_pack(a, packed);
     constexpr int64_t kOutputs = 32;  // that a level may like to have together

@@ -22,6 +22,14 @@ constexpr int kDecodeKeys = 256;  // keys of one item in that case
 constexpr int kSplitRows = 128;   // up to here keys are split as well, into ranges of kSplitKeys
 constexpr int kSplitKeys = 512;
 
+// to += from over a range of columns, rounded once; rows may be strided (0: one row for all).
+struct AddRows {
+    void* to;
+    const void* from;
+    DType dtype;
+    int64_t tokens, to_token, from_token;
+};
+
 struct Level {
     // `scratch` holds as many bytes as the function's own `..._scratch(head_dim)` says.
     void (*attention)(const Attention&, const AttentionItem&, float* scratch);
@@ -33,7 +41,7 @@ struct Level {
     void (*rope)(const Rope&, int64_t token, int64_t token_end);
     void (*rms_norm)(const RmsNorm&, int64_t token, int64_t token_end, float* weight);
     void (*silu_mul)(const SiluMul&, int64_t token, int64_t token_end);
-    bool (*linear_fits)(const Linear&);  // otherwise: more rows than this level takes
+    void (*add_rows)(const AddRows&, int64_t column, int64_t column_end);
     int64_t (*linear_scratch)(const Linear&);
     void (*linear_pack)(const Linear&, void* packed);  // x in the form that `linear` reads
     void (*linear)(const Linear&, const void* packed, int64_t output, int64_t output_end);

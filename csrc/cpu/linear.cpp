@@ -1,6 +1,5 @@
-// x @ weight^T for few rows of x: reading the weights is the whole cost, so each is read once, in order.
-//
-// Up to 8 rows here, in vector registers; on AMX tiles (linear_amx.cpp) as many as the caller likes.
+// x @ weight^T for few rows of x: reading the weights is the whole cost, so each is read once, in order, from
+// where it lies. With a few dozen rows the products count as well; on AMX tiles they are in linear_amx.cpp.
 #include "level.h"
 #include "simd.h"
 
@@ -53,61 +52,126 @@ struct Dot<BFloat16> {
 };
 #endif
 
-// C outputs for R rows; with one row, U sums each hide the latency of the additions.
-template <class S, int R, int C, int U>
-ME_INLINE void columns(const Linear& a, const void* packed, int64_t n) {
+// Sums of the products of one weight row with one row of x; U of them hide the latency of the additions.
+template <class S>
+ME_INLINE F dot(const Linear& a, const typename S::T* w, const typename Dot<S>::P* x) {
     typedef Dot<S> D;
-    typedef typename S::T T;
     constexpr int64_t kStep = D::kElements;
-    const typename D::P* x = (const typename D::P*)packed;
-    const T* w = (const T*)a.weight + n * a.weight_row;
-    const int64_t row = padded(a);
-    F acc[U][R][C] = {};
+    constexpr int U = 4;
+    F acc[U] = {};
     int64_t i = 0;
     for (; i + U * kStep <= a.inputs; i += U * kStep) {
         for (int u = 0; u < U; ++u) {
-            for (int c = 0; c < C; ++c) {
-                const T* at = w + c * a.weight_row + i + u * kStep;
-                // Ahead of the hardware prefetcher, which stops at every page.
-                __builtin_prefetch((const char*)at + 4096);
-                const auto weights = D::load(at);
-                for (int r = 0; r < R; ++r)
-                    acc[u][r][c] = D::add(acc[u][r][c], weights, x + r * row + i + u * kStep);
-            }
+            const auto* at = w + i + u * kStep;
+            // Ahead of the hardware prefetcher, which stops at every page.
+            __builtin_prefetch((const char*)at + 4096);
+            acc[u] = D::add(acc[u], D::load(at), x + i + u * kStep);
         }
     }
     for (; i < a.inputs; i += kStep) {
-        for (int c = 0; c < C; ++c) {
-            const T* at = w + c * a.weight_row + i;
-            const auto weights = a.inputs - i >= kStep ? D::load(at) : D::load_part(at, a.inputs - i);
-            for (int r = 0; r < R; ++r) acc[0][r][c] = D::add(acc[0][r][c], weights, x + r * row + i);
-        }
+        const auto weights = a.inputs - i >= kStep ? D::load(w + i) : D::load_part(w + i, a.inputs - i);
+        acc[0] = D::add(acc[0], weights, x + i);
     }
-    for (int r = 0; r < R; ++r) {
-        float y[C];
-        for (int c = 0; c < C; ++c) {
-            F total = acc[0][r][c];
-            for (int u = 1; u < U; ++u) total += acc[u][r][c];
-            y[c] = sum(total);
-        }
-        narrow<S>((T*)a.out + r * a.out_token + n, y, C);
+    return (acc[0] + acc[1]) + (acc[2] + acc[3]);
+}
+
+// One row of x: the weights are a single stream, and kWidth outputs are summed across lanes together.
+template <class S>
+void one_row(const Linear& a, const typename Dot<S>::P* x, typename S::T* out, int64_t n, int64_t end) {
+    const typename S::T* w = (const typename S::T*)a.weight;
+    for (; n < end; n += kWidth) {
+        F total[kWidth] = {};
+        const int64_t some = end - n < kWidth ? end - n : kWidth;
+        for (int64_t c = 0; c < some; ++c) total[c] = dot<S>(a, w + (n + c) * a.weight_row, x);
+        const F y = sums(total);
+        if (some == kWidth)
+            S::store(out + n, y);
+        else
+            store_some<S>(out + n, y, some);
     }
 }
 
+// R rows of x by C outputs: each load of weights or of x serves several products.
+template <class S, int R, int C>
+ME_INLINE void block(const Linear& a, const typename Dot<S>::P* x, typename S::T* out, int64_t n,
+                     bool first) {
+    typedef Dot<S> D;
+    typedef typename S::T T;
+    constexpr int64_t kStep = D::kElements;
+    constexpr int kVectors = (R * C + kWidth - 1) / kWidth;
+    const T* w = (const T*)a.weight + n * a.weight_row;
+    const int64_t row = padded(a);
+    // Whole blocks ahead, so that every line is asked for once.
+    const int64_t size = C * a.weight_row * (int64_t)sizeof(T), ahead = (4096 / size + 1) * size;
+    F acc[kVectors * kWidth] = {};
+    const auto step = [&](int64_t i, auto load) {
+        for (int c = 0; c < C; ++c) {
+            const T* at = w + c * a.weight_row + i;
+            if (first) __builtin_prefetch((const char*)at + ahead);
+            const auto weights = load(at);
+            for (int r = 0; r < R; ++r) acc[r * C + c] = D::add(acc[r * C + c], weights, x + r * row + i);
+        }
+    };
+    int64_t i = 0;
+    for (; i + kStep <= a.inputs; i += kStep) step(i, [](const T* at) { return D::load(at); });
+    if (i < a.inputs) step(i, [&](const T* at) { return D::load_part(at, a.inputs - i); });
+    T y[kVectors * kWidth];
+    for (int v = 0; v < kVectors; ++v)
+        S::store(y + v * kWidth, sums(*(const F(*)[kWidth])(acc + v * kWidth)));
+    for (int r = 0; r < R; ++r) std::memcpy(out + r * a.out_token + n, y + r * C, C * sizeof(T));
+}
+
+// As many outputs at a time as leave room for the operands among 16 or 32 registers.
 template <class S, int R>
-void range(const Linear& a, const void* packed, int64_t n, int64_t end) {
-    // As many sums as leave room for the operands: 16 of 32 registers, or 8 of 16. One row is read as a
-    // single stream; more rows take several outputs at a time, so that each load of x serves all of them.
+void rows(const Linear& a, const typename Dot<S>::P* x, typename S::T* out, int64_t n, int64_t end,
+          bool first) {
     constexpr int kSums = kWidth == 16 ? 16 : 8;
-    constexpr int C = R == 1 ? 1 : kSums / R > 4 ? 4 : kSums / R;
-    constexpr int U = R == 1 ? 4 : R == 2 ? kSums / 8 : 1;
-    for (; n + C <= end; n += C) columns<S, R, C, U>(a, packed, n);
-    for (; n < end; ++n) columns<S, R, 1, U>(a, packed, n);
+    constexpr int C = R == 1 || kSums < R * 2 ? 1 : R <= 2 ? kSums / 2 : R <= 4 ? kSums / 4 : 2;
+    for (; n + C <= end; n += C) block<S, R, C>(a, x, out, n, first);
+    for (; n < end; ++n) block<S, R, 1>(a, x, out, n, first);
+}
+
+// All rows of x, eight at a time, against groups of outputs that stay in the nearest cache meanwhile.
+template <class S>
+void range(const Linear& a, const void* packed, int64_t n, int64_t end) {
+    typedef typename Dot<S>::P P;
+    typedef typename S::T T;
+    if (a.tokens == 1) return one_row<S>(a, (const P*)packed, (T*)a.out, n, end);
+    for (int64_t group; n < end; n = group) {
+        group = n + 16 < end ? n + 16 : end;
+        for (int64_t t = 0; t < a.tokens; t += 8) {
+            const P* x = (const P*)packed + t * padded(a);
+            T* out = (T*)a.out + t * a.out_token;
+            switch (a.tokens - t) {
+                case 1:
+                    rows<S, 1>(a, x, out, n, group, t == 0);
+                    break;
+                case 2:
+                    rows<S, 2>(a, x, out, n, group, t == 0);
+                    break;
+                case 3:
+                    rows<S, 3>(a, x, out, n, group, t == 0);
+                    break;
+                case 4:
+                    rows<S, 4>(a, x, out, n, group, t == 0);
+                    break;
+                case 5:
+                    rows<S, 5>(a, x, out, n, group, t == 0);
+                    break;
+                case 6:
+                    rows<S, 6>(a, x, out, n, group, t == 0);
+                    break;
+                case 7:
+                    rows<S, 7>(a, x, out, n, group, t == 0);
+                    break;
+                default:
+                    rows<S, 8>(a, x, out, n, group, t == 0);
+            }
+        }
+    }
 }
 
 }  // namespace
-
-bool linear_fits(const Linear& a) { return a.tokens <= 8 || linear_amx_fits(a); }
 
 int64_t linear_scratch(const Linear& a) {
     return linear_amx_fits(a) ? linear_amx_scratch(a) : a.tokens * padded(a) * sizeof(float);
@@ -126,27 +190,7 @@ void linear_pack(const Linear& a, void* packed) {
 
 void linear(const Linear& a, const void* packed, int64_t output, int64_t output_end) {
     if (linear_amx_fits(a)) return linear_amx(a, packed, output, output_end);
-    with_dtype(a.dtype, [&](auto s) {
-        typedef decltype(s) S;
-        switch (a.tokens) {
-            case 1:
-                return range<S, 1>(a, packed, output, output_end);
-            case 2:
-                return range<S, 2>(a, packed, output, output_end);
-            case 3:
-                return range<S, 3>(a, packed, output, output_end);
-            case 4:
-                return range<S, 4>(a, packed, output, output_end);
-            case 5:
-                return range<S, 5>(a, packed, output, output_end);
-            case 6:
-                return range<S, 6>(a, packed, output, output_end);
-            case 7:
-                return range<S, 7>(a, packed, output, output_end);
-            default:
-                return range<S, 8>(a, packed, output, output_end);
-        }
-    });
+    with_dtype(a.dtype, [&](auto s) { range<decltype(s)>(a, packed, output, output_end); });
 }
 
 }  // namespace ME_LEVEL

@@ -62,6 +62,40 @@ ME_INLINE float sum(F v) {
 #endif
 }
 
+// The sums of kWidth vectors, one a lane: a tree of shuffles costs two for each vector where separate sums
+// cost as many as they have steps.
+ME_INLINE F sums(const F (&v)[kWidth]) {
+#if defined(__AVX512F__)
+    F quad[4];
+    for (int i = 0; i < 4; ++i) {
+        const __m512 a = (__m512)v[4 * i], b = (__m512)v[4 * i + 1];
+        const __m512 c = (__m512)v[4 * i + 2], d = (__m512)v[4 * i + 3];
+        const __m512d ab = (__m512d)(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
+        const __m512d cd = (__m512d)(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
+        quad[i] = (F)_mm512_unpacklo_pd(ab, cd) + (F)_mm512_unpackhi_pd(ab, cd);
+    }
+    const auto halves = [](F a, F b) {
+        return _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44) +
+               _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xee);
+    };
+    const __m512 low = halves(quad[0], quad[1]), high = halves(quad[2], quad[3]);
+    return (F)_mm512_shuffle_f32x4(low, high, 0x88) + (F)_mm512_shuffle_f32x4(low, high, 0xdd);
+#elif defined(__AVX2__)
+    F quad[2];
+    for (int i = 0; i < 2; ++i) {
+        const __m256 a = (__m256)v[4 * i], b = (__m256)v[4 * i + 1];
+        const __m256 c = (__m256)v[4 * i + 2], d = (__m256)v[4 * i + 3];
+        const __m256d ab = (__m256d)(_mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b));
+        const __m256d cd = (__m256d)(_mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d));
+        quad[i] = (F)_mm256_unpacklo_pd(ab, cd) + (F)_mm256_unpackhi_pd(ab, cd);
+    }
+    const __m256 low = (__m256)quad[0], high = (__m256)quad[1];
+    return (F)_mm256_permute2f128_ps(low, high, 0x20) + (F)_mm256_permute2f128_ps(low, high, 0x31);
+#else
+    return F{sum(v[0]), sum(v[1]), sum(v[2]), sum(v[3])};
+#endif
+}
+
 // One struct per storage dtype: `load` widens kWidth elements, `store` rounds them to nearest even.
 struct Float32 {
     typedef float T;

@@ -16,7 +16,7 @@ void write_kv(const KvWrite&, int64_t, int64_t, int64_t);
 void rope(const Rope&, int64_t, int64_t);
 void rms_norm(const RmsNorm&, int64_t, int64_t, float*);
 void silu_mul(const SiluMul&, int64_t, int64_t);
-bool linear_fits(const Linear&);
+void add_rows(const AddRows&, int64_t, int64_t);
 int64_t linear_scratch(const Linear&);
 void linear_pack(const Linear&, void*);
 void linear(const Linear&, const void*, int64_t, int64_t);
@@ -24,7 +24,7 @@ void linear(const Linear&, const void*, int64_t, int64_t);
 extern const Level level;
 const Level level = {
     attention, attention_decode, attention_merge, attention_scratch, decode_scratch, write_kv, rope,
-    rms_norm,  silu_mul,         linear_fits,     linear_scratch,    linear_pack,    linear,
+    rms_norm,  silu_mul,         add_rows,        linear_scratch,    linear_pack,    linear,
 };
 
 }  // namespace ME_LEVEL

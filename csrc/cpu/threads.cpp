@@ -1,6 +1,7 @@
 #include "threads.h"
 
 #include <dlfcn.h>
+#include <sched.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -34,6 +35,19 @@ GompParallel shared_pool() {
     return found;
 }
 
+using OmpCount = int (*)();
+
+OmpCount omp_count() {
+    static const OmpCount found = (OmpCount)dlsym(RTLD_DEFAULT, "omp_get_num_threads");
+    return found;
+}
+
+void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
 struct Scratch {
     void* data = nullptr;
     int64_t size = 0;
@@ -54,6 +68,58 @@ void parallel_items(int64_t count, int threads, void (*body)(void*, int64_t), vo
         std::vector<std::thread> helpers;
         for (int i = 1; i < threads; ++i) helpers.emplace_back(draw, &job);
         draw(&job);
+        for (std::thread& helper : helpers) helper.join();
+    }
+}
+
+void Team::barrier() {
+    if (size_ <= 1) return;
+    const int round = round_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+        arrived_.store(0, std::memory_order_relaxed);
+        round_.store(round + 1, std::memory_order_release);
+        return;
+    }
+    constexpr int kSpins = 4000;  // about ten microseconds; longer waits mean that a core is taken
+    for (int spin = 0; round_.load(std::memory_order_acquire) == round; ++spin) {
+        if (spin >= kSpins)
+            sched_yield();
+        else
+            pause();
+    }
+}
+
+void parallel_team(Team& team, int threads, void (*body)(void*, Team&), void* context) {
+    struct Run {
+        Team& team;
+        void (*body)(void*, Team&);
+        void* context;
+        std::atomic<bool> sized{false};
+        std::atomic<bool> asked{false};
+    } run{team, body, context};
+    const GompParallel pool = shared_pool();
+    const OmpCount count = omp_count();
+    if (threads <= 1 || (pool && !count)) {
+        team.start(1);
+        body(context, team);
+    } else if (pool) {
+        // The runtime may lend fewer threads than asked for: a barrier must know how many.
+        pool(
+            [](void* data) {
+                Run& r = *(Run*)data;
+                if (!r.asked.exchange(true)) {
+                    r.team.start(omp_count()());
+                    r.sized.store(true, std::memory_order_release);
+                }
+                while (!r.sized.load(std::memory_order_acquire)) pause();
+                r.body(r.context, r.team);
+            },
+            &run, (unsigned)threads, 0);
+    } else {
+        team.start(threads);
+        std::vector<std::thread> helpers;
+        for (int i = 1; i < threads; ++i) helpers.emplace_back([&] { body(context, team); });
+        body(context, team);
         for (std::thread& helper : helpers) helper.join();
     }
 }

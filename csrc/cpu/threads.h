@@ -1,7 +1,10 @@
 // Work sharing on the threads that torch already has. For the files compiled once.
 #pragma once
 
+#include <atomic>
+#include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace memos_engine {
 
@@ -13,6 +16,37 @@ void parallel(int64_t count, int threads, const Body& body) {
     parallel_items(
         count, threads, [](void* context, int64_t item) { (*(const Body*)context)(item); }, (void*)&body);
 }
+
+// Threads that go through the same stages side by side.
+class Team {
+  public:
+    explicit Team(int64_t stages) : counters_((std::size_t)stages) {}
+
+    // Calls f(item) for items 0 ... count - 1 of a stage, each on one thread, and returns when all are done.
+    // Every thread calls it for the same stages in the same order.
+    template <class F>
+    void stage(int64_t index, int64_t count, const F& f) {
+        std::atomic<int64_t>& next = counters_[(std::size_t)index].next;
+        for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(item);
+        barrier();
+    }
+
+    void barrier();
+    void start(int size) { size_ = size; }
+    int size() const { return size_; }
+
+  private:
+    struct alignas(64) Counter {
+        std::atomic<int64_t> next{0};
+    };
+    std::vector<Counter> counters_;
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<int> round_{0};
+    int size_ = 1;
+};
+
+// Calls body(context, team) on up to `threads` threads at once; `team` knows how many there are.
+void parallel_team(Team& team, int threads, void (*body)(void*, Team&), void* context);
 
 // This thread's scratch, 64-byte aligned, kept until the thread ends; its contents are arbitrary.
 void* thread_scratch(int64_t bytes);

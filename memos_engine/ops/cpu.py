@@ -15,12 +15,13 @@ from memos_engine.errors import KernelContractError, MemosEngineError
 from memos_engine.ops import reference
 
 NAME = "native"
-_cpu: Any = importlib.import_module("memos_engine._cpu")
+native: Any = importlib.import_module("memos_engine._cpu")
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Rows of x for which the native product was faster than torch's (`docs/benchmarks.md`); float32 with fewer
 # rows is a tie. On AMX tiles bfloat16 wins up to a few hundred rows, where torch's own tiles catch up.
 _AMX_ROWS = 256
+_PAIR_ROWS = 32  # the same with instructions for pairs of bfloat16
 _NATIVE_ROWS = {torch.float32: range(4, 9), torch.bfloat16: range(1, 5), torch.float16: range(1, 5)}
 _MESSAGES = {
     1: "query_start must ascend from 0 and stay within the rows of q",
@@ -28,21 +29,21 @@ _MESSAGES = {
     3: "block_table names a block outside the pages",
     4: "slot_mapping names a slot outside the pages",
     5: "a position is negative or has no row in cos_sin; build a longer table with ops.rope_table",
-    6: "the native linear takes at most 8 rows of this dtype and shape at this level",
 }
 
 
 _amx = False  # whether the level in use has tiles
+_pairs = False  # whether it multiplies pairs of bfloat16
 
 
 def available() -> list[str]:
     """Instruction set levels that were compiled and that this machine runs, worst first."""
-    return [name for name, supported in _cpu.isa_levels() if supported]
+    return [name for name, supported in native.isa_levels() if supported]
 
 
 def isa() -> str:
     """The level in use."""
-    return str(_cpu.isa_selected())
+    return str(native.isa_selected())
 
 
 def select_isa(name: str) -> None:
@@ -54,14 +55,14 @@ def select_isa(name: str) -> None:
             "set MEMOS_ENGINE_CPU_ISA=reference"
         )
     wanted = name or levels[-1]
-    if not _cpu.isa_select(wanted):
-        compiled = [level for level, _ in _cpu.isa_levels()]
+    if not native.isa_select(wanted):
+        compiled = [level for level, _ in native.isa_levels()]
         why = "is not supported by this machine" if wanted in compiled else "is not a known level"
         raise MemosEngineError(
             f"MEMOS_ENGINE_CPU_ISA={wanted} {why}; choose one of {', '.join(['reference', *levels])}"
         )
-    global _amx
-    _amx = wanted == "amx"
+    global _amx, _pairs
+    _amx, _pairs = wanted == "amx", wanted in ("amx", "avx512bf16")
 
 
 def paged_attention(
@@ -77,7 +78,7 @@ def paged_attention(
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> Tensor:
-    q_dtype, kv_dtype = _DTYPES.get(q.dtype), _DTYPES.get(k_pages.dtype)
+    q_dtype, kv_dtype = DTYPES.get(q.dtype), DTYPES.get(k_pages.dtype)
     if q_dtype is None or kv_dtype is None:
         return reference.paged_attention(
             q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, sm_scale, window, out, lse
@@ -87,8 +88,8 @@ def paged_attention(
     tokens, heads, dim = q.shape
     blocks, page, kv_heads, _ = k_pages.shape
     requests, max_blocks = block_table.shape
-    _check(
-        _cpu.paged_attention(
+    check_status(
+        native.paged_attention(
             q.data_ptr(),
             out.data_ptr(),
             0 if lse is None else lse.data_ptr(),
@@ -163,12 +164,12 @@ def _write(
 ) -> bool:
     """Both writers; False when a dtype is not the native code's."""
     k, v, k_pages, v_pages = tensors
-    src_dtype, page_dtype = _DTYPES.get(k.dtype), _DTYPES.get(k_pages.dtype)
+    src_dtype, page_dtype = DTYPES.get(k.dtype), DTYPES.get(k_pages.dtype)
     if src_dtype is None or page_dtype is None:
         return False
     tokens, kv_heads, dim = k.shape[-3:]
-    _check(
-        _cpu.write_kv(
+    check_status(
+        native.write_kv(
             k.data_ptr(),
             v.data_ptr(),
             k_pages.data_ptr(),
@@ -201,11 +202,11 @@ def _write(
 
 
 def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool = False) -> None:
-    dtype = _DTYPES.get(x.dtype)
+    dtype = DTYPES.get(x.dtype)
     if dtype is None:
         return reference.rope(x, positions, cos_sin, interleaved)
-    return _check(
-        _cpu.rope(
+    return check_status(
+        native.rope(
             x.data_ptr(),
             positions.data_ptr(),
             cos_sin.data_ptr(),
@@ -222,12 +223,12 @@ def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool = Fals
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    dtype, weight_dtype = _DTYPES.get(x.dtype), _DTYPES.get(weight.dtype)
+    dtype, weight_dtype = DTYPES.get(x.dtype), DTYPES.get(weight.dtype)
     if dtype is None or weight_dtype is None:
         return reference.rms_norm(x, weight, eps, residual, out)
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype)
-    _cpu.rms_norm(
+    native.rms_norm(
         x.data_ptr(),
         weight.data_ptr(),
         0 if residual is None else residual.data_ptr(),
@@ -245,12 +246,12 @@ def rms_norm(
 
 
 def silu_mul(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
-    dtype = _DTYPES.get(gate.dtype)
+    dtype = DTYPES.get(gate.dtype)
     if dtype is None:
         return reference.silu_mul(gate, up, out)
     if out is None:
         out = torch.empty(gate.shape, dtype=gate.dtype)
-    _cpu.silu_mul(
+    native.silu_mul(
         gate.data_ptr(),
         up.data_ptr(),
         out.data_ptr(),
@@ -267,20 +268,21 @@ def silu_mul(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
 def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     rows, inputs = x.shape
     tiles = _amx and x.dtype == torch.bfloat16 and inputs % 32 == 0 and weight.shape[0] % 16 == 0
-    if rows in _NATIVE_ROWS.get(x.dtype, ()) or (tiles and 0 < rows <= _AMX_ROWS):
+    pairs = _pairs and x.dtype == torch.bfloat16 and 0 < rows <= _PAIR_ROWS
+    if pairs or rows in _NATIVE_ROWS.get(x.dtype, ()) or (tiles and 0 < rows <= _AMX_ROWS):
         return native_linear(x, weight, out)
     return reference.linear(x, weight, out)
 
 
 def native_linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """The native kernel whether it wins or not: 1 to 8 rows, or more on AMX tiles."""
+    """The native kernel whether it wins or not."""
     if out is None:
         out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
-    status = _cpu.linear(
+    status = native.linear(
         x.data_ptr(),
         weight.data_ptr(),
         out.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         *x.shape,
         weight.shape[0],
         x.stride(0),
@@ -288,10 +290,10 @@ def native_linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tenso
         out.stride(0),
         get_num_threads(),
     )
-    _check(status)
+    check_status(status)
     return out
 
 
-def _check(status: int) -> None:
+def check_status(status: int) -> None:
     if status:
         raise KernelContractError(f"{_MESSAGES[status]} (docs/kernels.md has the contract)")

@@ -17,8 +17,6 @@ enum class Status : int32_t {
     bad_block = 3,        // block_table names a block outside the pages
     bad_slot = 4,         // slot_mapping names a slot outside the pages
     bad_position = 5,     // a position has no row in cos_sin
-    too_many_rows =
-        6,  // linear: at most 8, or any number of bf16 at level amx (sizes in multiples of 32, 16)
 };
 
 // softmax(q k^T * sm_scale) v over paged keys.

@@ -1,0 +1,53 @@
+"""All layers of a forward in one call: what a backend may offer beside the single ops.
+
+A plan is made once for weights and pages and then run for each step, so that a step costs one call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StackLayer:
+    """One plain pre-norm layer with SwiGLU. Projections `[out, in]`, norms `[hidden]`, norms of q and k and
+    biases `[out]` or None. cos_sin: see `append_kv`, None for a layer without RoPE. window: 0 for none."""
+
+    input_norm: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    post_norm: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    cos_sin: Tensor | None = None
+    window: int = 0
+
+
+class LayerStack(Protocol):
+    """A plan over weights and pages. max_rows: rows up to which one call beats the single ops."""
+
+    max_rows: int
+
+    def run(
+        self,
+        hidden: Tensor,
+        slot_mapping: Tensor,
+        positions: Tensor,
+        query_start: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """hidden `[tokens, hidden]`, overwritten; index tensors as in docs/kernels.md. Returns the normalised
+        final states of `rows [n] int64`, or of all."""
