@@ -10,8 +10,9 @@
 namespace memos_engine {
 namespace {
 
-constexpr int64_t kOutputs = 64;  // of one item of a product
-constexpr int64_t kStagesOfLayer = 10;
+constexpr int64_t kOutputs = 32;  // of one item of a product
+constexpr int64_t kStagesOfLayer = 8;
+constexpr int64_t kOwnRows = 8;  // so few rows are normed by every thread for itself, which saves a barrier
 
 int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
@@ -36,8 +37,7 @@ class Forward {
 
     void prepare() {
         const int64_t q = s_.heads * s_.head_dim, kv = s_.kv_heads * s_.head_dim;
-        char* at = buffers_.claim(c_.tokens * element_ * (2 * q + 2 * kv + 2 * s_.hidden + 3 * s_.inner),
-                                  packed_bytes());
+        char* at = shared_.claim(c_.tokens * element_ * (2 * q + 2 * kv + 2 * s_.hidden + 3 * s_.inner));
         const auto take = [&](int64_t width) {
             char* place = at;
             at += c_.tokens * width * element_;
@@ -45,82 +45,84 @@ class Forward {
         };
         q_ = take(q), attended_ = take(q), k_ = take(kv), v_ = take(kv), x_ = take(s_.hidden),
         y_ = take(s_.hidden), gate_ = take(s_.inner), up_ = take(s_.inner), act_ = take(s_.inner);
-        packed_ = buffers_.packed;
-        for (const StackLayer& layer : s_.layers)
-            if (!plans_.count(layer.window)) plans_[layer.window] = plan_attention(attention(layer, 0));
+        for (const StackLayer& layer : s_.layers) {
+            if (plans_.count(layer.window)) continue;
+            Planned& made = plans_[layer.window];
+            made.plan = plan_attention(attention(layer, 0));
+            for (size_t g = 0; g < made.plan.groups.size(); ++g)
+                made.group_of.insert(made.group_of.end(), (size_t)made.plan.groups[g].count, (int32_t)g);
+            made.done = std::vector<std::atomic<int>>(made.plan.groups.size());
+        }
     }
 
     int64_t stages() const { return kStagesOfLayer * (int64_t)s_.layers.size() + 1; }
 
-    void run(Team& team) const {
-        int64_t stage = 0;
+    void run(Team& team, int thread) {
+        int64_t next = 0;
+        const auto stage = [&](int64_t count, const auto& f) { team.stage(next++, count, thread, f); };
+        const int64_t q = s_.heads * s_.head_dim, kv = s_.kv_heads * s_.head_dim;
+        const int64_t q_items = items(q), kv_items = items(kv);
+        // The residual stream, normed and packed for the products of this thread.
+        const auto normed = [&](const void* weight, int64_t outputs) {
+            char* x = x_;
+            if (c_.tokens <= kOwnRows) {
+                x = own_x_.claim(c_.tokens * s_.hidden * element_);
+                norm(c_.hidden, weight, x, c_.tokens, s_.hidden);
+            } else {
+                stage(c_.tokens, [&](int64_t token) {
+                    const int64_t at = token * s_.hidden * element_;
+                    norm((char*)c_.hidden + at, weight, x_ + at, 1, s_.hidden);
+                });
+            }
+            return pack(x, s_.hidden, outputs);
+        };
         for (size_t i = 0; i < s_.layers.size(); ++i) {
             const StackLayer& layer = s_.layers[i];
-            const int64_t q = s_.heads * s_.head_dim, kv = s_.kv_heads * s_.head_dim;
-            team.stage(stage++, 1, [&](int64_t) {
-                norm(c_.hidden, layer.input_norm, x_, c_.tokens, s_.hidden);
-                pack(x_, s_.hidden, q);
-            });
-            const int64_t q_items = items(q), kv_items = items(kv);
-            team.stage(stage++, q_items + 2 * kv_items, [&](int64_t item) {
-                if (item < q_items) return product(layer.q, layer.q_bias, q_, s_.hidden, q, item);
+            const char* x = normed(layer.input_norm, q);
+            stage(q_items + 2 * kv_items, [&](int64_t item) {
+                if (item < q_items) return product(x, layer.q, layer.q_bias, q_, s_.hidden, q, item);
                 item -= q_items;
-                if (item < kv_items) return product(layer.k, layer.k_bias, k_, s_.hidden, kv, item);
-                product(layer.v, layer.v_bias, v_, s_.hidden, kv, item - kv_items);
+                if (item < kv_items) return product(x, layer.k, layer.k_bias, k_, s_.hidden, kv, item);
+                product(x, layer.v, layer.v_bias, v_, s_.hidden, kv, item - kv_items);
             });
-            team.stage(stage++, c_.tokens, [&](int64_t token) { place(layer, (int64_t)i, token); });
+            stage(c_.tokens, [&](int64_t token) { place(layer, (int64_t)i, token); });
+            Planned& planned = plans_.at(layer.window);
             const Attention a = attention(layer, (int64_t)i);
-            const AttentionPlan& plan = plans_.at(layer.window);
-            team.stage(stage++, (int64_t)plan.items.size(),
-                       [&](int64_t item) { run_attention_item(a, plan, item, level_); });
-            team.stage(stage++, 1, [&](int64_t) {
-                for (const AttentionGroup& group : plan.groups)
-                    if (group.count > 1)
-                        level_.attention_merge(a, &plan.items[(size_t)group.first], group.count);
-                pack(attended_, q, s_.hidden);
-            });
-            team.stage(stage++, items(s_.hidden), [&](int64_t item) { added(layer.o, q, item); });
-            team.stage(stage++, 1, [&](int64_t) {
-                norm(c_.hidden, layer.post_norm, x_, c_.tokens, s_.hidden);
-                pack(x_, s_.hidden, s_.inner);
-            });
-            team.stage(stage++, items(s_.inner), [&](int64_t item) { gated(layer, item); });
-            team.stage(stage++, 1, [&](int64_t) { pack(act_, s_.inner, s_.hidden); });
-            team.stage(stage++, items(s_.hidden), [&](int64_t item) { added(layer.down, s_.inner, item); });
+            stage((int64_t)planned.plan.items.size(), [&](int64_t item) { attend(a, planned, item); });
+            x = pack(attended_, q, s_.hidden);
+            stage(items(s_.hidden), [&](int64_t item) { added(x, layer.o, q, item); });
+            x = normed(layer.post_norm, s_.inner);
+            stage(items(s_.inner), [&](int64_t item) { gated(x, layer, item); });
+            x = pack(act_, s_.inner, s_.hidden);
+            stage(items(s_.hidden), [&](int64_t item) { added(x, layer.down, s_.inner, item); });
         }
-        team.stage(stage, c_.wanted, [&](int64_t row) {
-            const int64_t token = c_.rows ? c_.rows[row] : row;
-            norm((char*)c_.hidden + token * s_.hidden * element_, s_.final_norm,
-                 (char*)c_.out + row * s_.hidden * element_, 1, s_.hidden);
+        stage(c_.wanted, [&](int64_t row) {
+            const int64_t token = c_.rows ? c_.rows[row] : row, size = s_.hidden * element_;
+            norm((char*)c_.hidden + token * size, s_.final_norm, (char*)c_.out + row * size, 1, s_.hidden);
         });
     }
 
   private:
-    // Buffers that a thread keeps from call to call.
-    struct Buffers {
-        std::vector<char> bytes, spare;
-        char* packed = nullptr;
-        char* claim(int64_t size, int64_t packed_size) {
-            if ((int64_t)bytes.size() < size) bytes.resize((size_t)size);
-            if ((int64_t)spare.size() < packed_size + 64) spare.resize((size_t)packed_size + 64);
-            packed = (char*)(((uintptr_t)spare.data() + 63) / 64 * 64);
-            return bytes.data();
+    // Memory that a thread keeps from call to call, 64-byte aligned.
+    struct Buffer {
+        std::vector<char> bytes;
+        char* claim(int64_t size) {
+            if ((int64_t)bytes.size() < size + 64) bytes.resize((size_t)size + 64);
+            return (char*)(((uintptr_t)bytes.data() + 63) / 64 * 64);
         }
     };
-    static thread_local Buffers buffers_;
+    static thread_local Buffer shared_, own_x_, packed_;
+
+    struct Planned {
+        AttentionPlan plan;
+        std::vector<int32_t> group_of;       // of each item
+        std::vector<std::atomic<int>> done;  // items of each group, over all layers
+    };
 
     int64_t items(int64_t outputs) const { return (outputs + kOutputs - 1) / kOutputs; }
 
     Linear linear(const void* x, const void* weight, void* out, int64_t inputs, int64_t outputs) const {
         return {x, weight, out, s_.dtype, c_.tokens, inputs, outputs, inputs, inputs, outputs};
-    }
-
-    int64_t packed_bytes() const {
-        const int64_t widest = std::max({s_.hidden, s_.inner, s_.heads * s_.head_dim});
-        // Either form of `linear_pack`, whichever shape a product has.
-        Linear rows = linear(nullptr, nullptr, nullptr, widest, 1),
-               tiles = linear(nullptr, nullptr, nullptr, (widest + 31) / 32 * 32, 16);
-        return std::max(level_.linear_scratch(rows), level_.linear_scratch(tiles));
     }
 
     void norm(const void* x, const void* weight, void* out, int64_t tokens, int64_t width) const {
@@ -129,27 +131,32 @@ class Forward {
         level_.rms_norm(args, 0, tokens, (float*)thread_scratch((width + 16) * (int64_t)sizeof(float)));
     }
 
-    void pack(const void* x, int64_t inputs, int64_t outputs) const {
-        level_.linear_pack(linear(x, nullptr, nullptr, inputs, outputs), packed_);
+    // x in the form that products read, in memory of this thread's own: packing twice costs less than
+    // waiting.
+    char* pack(const void* x, int64_t inputs, int64_t outputs) const {
+        const Linear args = linear(x, nullptr, nullptr, inputs, outputs);
+        char* packed = packed_.claim(level_.linear_scratch(args));
+        level_.linear_pack(args, packed);
+        return packed;
     }
 
-    void product(const void* weight, const void* bias, void* out, int64_t inputs, int64_t outputs,
-                 int64_t item) const {
+    void product(const char* x, const void* weight, const void* bias, void* out, int64_t inputs,
+                 int64_t outputs, int64_t item) const {
         const int64_t begin = item * kOutputs, end = std::min(outputs, begin + kOutputs);
-        level_.linear(linear(nullptr, weight, out, inputs, outputs), packed_, begin, end);
+        level_.linear(linear(nullptr, weight, out, inputs, outputs), x, begin, end);
         if (bias) level_.add_rows({out, bias, s_.dtype, c_.tokens, outputs, 0}, begin, end);
     }
 
     // A product that goes into the residual stream.
-    void added(const void* weight, int64_t inputs, int64_t item) const {
-        product(weight, nullptr, y_, inputs, s_.hidden, item);
+    void added(const char* x, const void* weight, int64_t inputs, int64_t item) const {
+        product(x, weight, nullptr, y_, inputs, s_.hidden, item);
         const int64_t begin = item * kOutputs, end = std::min(s_.hidden, begin + kOutputs);
         level_.add_rows({c_.hidden, y_, s_.dtype, c_.tokens, s_.hidden, s_.hidden}, begin, end);
     }
 
-    void gated(const StackLayer& layer, int64_t item) const {
-        product(layer.gate, nullptr, gate_, s_.hidden, s_.inner, item);
-        product(layer.up, nullptr, up_, s_.hidden, s_.inner, item);
+    void gated(const char* x, const StackLayer& layer, int64_t item) const {
+        product(x, layer.gate, nullptr, gate_, s_.hidden, s_.inner, item);
+        product(x, layer.up, nullptr, up_, s_.hidden, s_.inner, item);
         const int64_t begin = item * kOutputs, width = std::min(s_.inner, begin + kOutputs) - begin;
         const int64_t at = begin * element_;
         const SiluMul args = {gate_ + at, up_ + at, act_ + at, s_.dtype, c_.tokens,
@@ -204,6 +211,17 @@ class Forward {
         level_.write_kv(args, index, token, token + 1);
     }
 
+    // The thread that ends the last item of a set of rows joins its key ranges.
+    void attend(const Attention& a, Planned& planned, int64_t item) const {
+        const AttentionPlan& plan = planned.plan;
+        run_attention_item(a, plan, item, level_);
+        const size_t g = (size_t)planned.group_of[plan.items.size() - 1 - (size_t)item];
+        const AttentionGroup& group = plan.groups[g];
+        if (group.count == 1) return;
+        if ((planned.done[g].fetch_add(1, std::memory_order_acq_rel) + 1) % group.count == 0)
+            level_.attention_merge(a, &plan.items[(size_t)group.first], group.count);
+    }
+
     Attention attention(const StackLayer& layer, int64_t index) const {
         const int64_t q = s_.heads * s_.head_dim, d = s_.head_dim;
         return {q_,
@@ -245,11 +263,11 @@ class Forward {
     const Level& level_;
     const int64_t element_;
     char *q_ = nullptr, *attended_ = nullptr, *k_ = nullptr, *v_ = nullptr, *x_ = nullptr, *y_ = nullptr;
-    char *gate_ = nullptr, *up_ = nullptr, *act_ = nullptr, *packed_ = nullptr;
-    std::map<int64_t, AttentionPlan> plans_;  // by window
+    char *gate_ = nullptr, *up_ = nullptr, *act_ = nullptr;
+    std::map<int64_t, Planned> plans_;  // by window
 };
 
-thread_local Forward::Buffers Forward::buffers_;
+thread_local Forward::Buffer Forward::shared_, Forward::own_x_, Forward::packed_;
 
 }  // namespace
 
@@ -258,8 +276,9 @@ Status run_stack(const Stack& stack, const StackCall& call, int threads) {
     Forward forward(stack, call);
     if (const Status status = forward.check(); status != Status::ok) return status;
     forward.prepare();
-    Team team(forward.stages());
-    parallel_team(team, threads, [](void* f, Team& t) { ((const Forward*)f)->run(t); }, &forward);
+    Team team(forward.stages(), std::max(threads, 1));
+    parallel_team(
+        team, threads, [](void* f, Team& t, int thread) { ((Forward*)f)->run(t, thread); }, &forward);
     return Status::ok;
 }
 

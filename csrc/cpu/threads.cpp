@@ -89,37 +89,38 @@ void Team::barrier() {
     }
 }
 
-void parallel_team(Team& team, int threads, void (*body)(void*, Team&), void* context) {
+void parallel_team(Team& team, int threads, void (*body)(void*, Team&, int), void* context) {
     struct Run {
         Team& team;
-        void (*body)(void*, Team&);
+        void (*body)(void*, Team&, int);
         void* context;
-        std::atomic<bool> sized{false};
-        std::atomic<bool> asked{false};
+        std::atomic<int> arrived{0};
+        std::atomic<bool> started{false};
     } run{team, body, context};
     const GompParallel pool = shared_pool();
     const OmpCount count = omp_count();
     if (threads <= 1 || (pool && !count)) {
         team.start(1);
-        body(context, team);
+        body(context, team, 0);
     } else if (pool) {
         // The runtime may lend fewer threads than asked for: a barrier must know how many.
         pool(
             [](void* data) {
                 Run& r = *(Run*)data;
-                if (!r.asked.exchange(true)) {
+                const int thread = r.arrived.fetch_add(1);
+                if (thread == 0) {
                     r.team.start(omp_count()());
-                    r.sized.store(true, std::memory_order_release);
+                    r.started.store(true, std::memory_order_release);
                 }
-                while (!r.sized.load(std::memory_order_acquire)) pause();
-                r.body(r.context, r.team);
+                while (!r.started.load(std::memory_order_acquire)) pause();
+                r.body(r.context, r.team, thread);
             },
             &run, (unsigned)threads, 0);
     } else {
         team.start(threads);
         std::vector<std::thread> helpers;
-        for (int i = 1; i < threads; ++i) helpers.emplace_back([&] { body(context, team); });
-        body(context, team);
+        for (int i = 1; i < threads; ++i) helpers.emplace_back([&, i] { body(context, team, i); });
+        body(context, team, 0);
         for (std::thread& helper : helpers) helper.join();
     }
 }

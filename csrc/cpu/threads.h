@@ -20,33 +20,39 @@ void parallel(int64_t count, int threads, const Body& body) {
 // Threads that go through the same stages side by side.
 class Team {
   public:
-    explicit Team(int64_t stages) : counters_((std::size_t)stages) {}
+    Team(int64_t stages, int most) : most_(most), counters_((std::size_t)(stages * most)) {}
 
     // Calls f(item) for items 0 ... count - 1 of a stage, each on one thread, and returns when all are done.
-    // Every thread calls it for the same stages in the same order.
+    // Every thread calls it for the same stages in the same order. A thread begins with a range of its own,
+    // in order, as prefetchers like it, and then helps the others with theirs.
     template <class F>
-    void stage(int64_t index, int64_t count, const F& f) {
-        std::atomic<int64_t>& next = counters_[(std::size_t)index].next;
-        for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(item);
+    void stage(int64_t index, int64_t count, int thread, const F& f) {
+        for (int i = 0; i < size_; ++i) {
+            const int owner = (thread + i) % size_;
+            const int64_t begin = owner * count / size_, end = (owner + 1) * count / size_;
+            std::atomic<int64_t>& next = counters_[(std::size_t)(index * most_ + owner)].next;
+            for (int64_t item; (item = begin + next.fetch_add(1, std::memory_order_relaxed)) < end;) f(item);
+        }
         barrier();
     }
 
     void barrier();
-    void start(int size) { size_ = size; }
+    void start(int size) { size_ = size < most_ ? size : most_; }
     int size() const { return size_; }
 
   private:
     struct alignas(64) Counter {
         std::atomic<int64_t> next{0};
     };
+    int most_, size_ = 1;
     std::vector<Counter> counters_;
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<int> round_{0};
-    int size_ = 1;
 };
 
-// Calls body(context, team) on up to `threads` threads at once; `team` knows how many there are.
-void parallel_team(Team& team, int threads, void (*body)(void*, Team&), void* context);
+// Calls body(context, team, thread) on up to `threads` threads at once, numbered from 0; `team`, made for at
+// least as many, then knows how many there are.
+void parallel_team(Team& team, int threads, void (*body)(void*, Team&, int), void* context);
 
 // This thread's scratch, 64-byte aligned, kept until the thread ends; its contents are arbitrary.
 void* thread_scratch(int64_t bytes);
