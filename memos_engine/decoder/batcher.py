@@ -108,7 +108,8 @@ class Batcher:
         reused = self._take_over(seq)
         if reused >= len(seq.tokens):  # the last token must run to give logits: its page becomes ours
             if not self._make_room(1):
-                return self._not_yet(seq)
+                self._not_yet(seq)
+                return None
             shared = seq.blocks[-1]
             seq.blocks[-1] = self.pool.writable(shared)
             if seq.blocks[-1] != shared:
@@ -117,7 +118,8 @@ class Batcher:
         wanted = -(-len(seq.tokens) // self.pool.page) - len(seq.blocks)
         spare = len(self.running)  # those that run will soon want a page each
         if not self._make_room(wanted + spare):
-            return self._not_yet(seq)
+            self._not_yet(seq)
+            return None
         seq.blocks += self.pool.allocate(wanted)
         self.waiting.popleft()
         self.running.append(seq)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +14,13 @@ from memos_engine.decoder.layers import KVCapture, StepInput
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.decoder.weights import Weights
 from memos_engine.ops import backend_for, layer_stack_of
-
-if TYPE_CHECKING:
-    from memos_engine.ops.stack import LayerStack
+from memos_engine.ops.stack import LayerStack, StackLayer
 
 # What a layer stack takes, by the names of LayerWeights.
-_STACK_WEIGHTS = ("input_norm", "q", "k", "v", "o", "post_norm", "gate", "up", "down")
-_STACK_WEIGHTS += ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm")
+_STACK_WEIGHTS = (
+    *("input_norm", "q", "k", "v", "o", "post_norm", "gate", "up", "down"),
+    *("q_bias", "k_bias", "v_bias", "q_norm", "k_norm"),
+)
 TableGroups = list[tuple[slice, Tensor | None]]
 
 
@@ -30,12 +29,14 @@ class PagedDecoder:
 
     tables: cosines and sines of each layer, None where it does not rotate. table_groups: slices of layers
     that share a table, which together are all layers: a record is spliced in as many calls.
+    max_positions: positions that can occur, where they are fewer than the model's window (shorter tables).
     """
 
-    def __init__(self, spec: ModelSpec, weights: Weights) -> None:
+    def __init__(self, spec: ModelSpec, weights: Weights, max_positions: int | None = None) -> None:
         self.spec = spec
         self.ops = backend_for(weights.device)
-        made = [rope.table(spec.head_dim, spec.max_positions).to(weights.device) for rope in spec.ropes]
+        length = min(spec.max_positions, max_positions or spec.max_positions)
+        made = [rope.table(spec.head_dim, length).to(weights.device) for rope in spec.ropes]
         self.tables = [None if layer.rope is None else made[layer.rope] for layer in spec.layers]
         self.table_groups = _groups([layer.rope for layer in spec.layers], self.tables)
         self.weights = weights
@@ -111,8 +112,6 @@ class PagedDecoder:
         make = layer_stack_of(self.ops)
         if make is None:
             return None
-        from memos_engine.ops.stack import StackLayer
-
         parts = [
             StackLayer(
                 **{name: getattr(weights, name) for name in _STACK_WEIGHTS},
@@ -122,9 +121,6 @@ class PagedDecoder:
             for weights, table, layer in zip(self.weights.layers, self.tables, self.spec.layers, strict=True)
         ]
         return make(parts, self.weights.norm, self.spec.rms_eps, self.spec.sm_scale, cache.k, cache.v)
-
-
-LlamaDecoder = PagedDecoder
 
 
 def _fits_stack(spec: ModelSpec) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -111,23 +111,21 @@ def rope_spec(parameters: dict[str, Any], config: dict[str, Any]) -> RopeSpec:
         raise UnsupportedModelError(
             f"RoPE type {kind!r} is not supported. Supported: {', '.join(SUPPORTED_ROPE)}."
         )
-    base = {
-        "kind": kind,
-        "theta": float(parameters["rope_theta"]),
-        "partial": float(parameters.get("partial_rotary_factor", 1.0)),
-    }
+    plain = RopeSpec(
+        kind, float(parameters["rope_theta"]), float(parameters.get("partial_rotary_factor", 1.0))
+    )
     if kind == "default":
-        return RopeSpec(**base)
+        return plain
     if kind == "linear":
-        return RopeSpec(**base, factor=float(parameters["factor"]))
+        return replace(plain, factor=float(parameters["factor"]))
     original = config.get("original_max_position_embeddings") or parameters.get(
         "original_max_position_embeddings", config.get("max_position_embeddings")
     )
     if original is None:
         raise KeyError("original_max_position_embeddings")
     if kind == "llama3":
-        return RopeSpec(
-            **base,
+        return replace(
+            plain,
             factor=float(parameters["factor"]),
             low_freq_factor=float(parameters["low_freq_factor"]),
             high_freq_factor=float(parameters["high_freq_factor"]),
@@ -135,8 +133,8 @@ def rope_spec(parameters: dict[str, Any], config: dict[str, Any]) -> RopeSpec:
         )
     given = parameters.get("factor")
     factor = float(config["max_position_embeddings"] / original if given is None else given)
-    return RopeSpec(
-        **base,
+    return replace(
+        plain,
         factor=factor,
         original_max_positions=int(original),
         attention_factor=_yarn_attention_factor(parameters, factor),

@@ -94,7 +94,7 @@ class Weights:
         self.layers = [self._layer(i, spec) for i in range(spec.num_layers)]
 
     def _layer(self, index: int, spec: ModelSpec) -> LayerWeights:
-        parts = {
+        parts: dict[str, Any] = {
             field: self.tensors[f"model.layers.{index}.{name}"]
             for field, (name, _) in _layer_parts(spec).items()
         }
@@ -102,14 +102,12 @@ class Weights:
             if field.endswith("norm"):
                 parts[field] = _ready_norm(parts[field], spec)
         if spec.fused:
-            kv = spec.num_kv_heads * spec.head_dim
-            parts["q"], parts["k"], parts["v"] = parts["qkv"].split([spec.num_heads * spec.head_dim, kv, kv])
+            sizes = [n * spec.head_dim for n in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)]
+            parts["q"], parts["k"], parts["v"] = torch.split(parts["qkv"], sizes)
             parts["gate"], parts["up"] = parts["gate_up"].chunk(2)
-        joined = {
-            "qkv": _joined(parts["q"], parts["k"], parts["v"]),
-            "gate_up": _joined(parts["gate"], parts["up"]),
-        }
-        return LayerWeights(**(parts | joined))
+        parts["qkv"] = _joined(parts["q"], parts["k"], parts["v"])
+        parts["gate_up"] = _joined(parts["gate"], parts["up"])
+        return LayerWeights(**parts)
 
     @property
     def nbytes(self) -> int:

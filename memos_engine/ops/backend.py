@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import logging
 import os
@@ -92,14 +91,14 @@ def backend_for(device: torch.device | str) -> Backend:
 def layer_stack_of(backend: Backend) -> Callable[..., LayerStack | None] | None:
     """A backend's way to run all layers of a small forward in one call, or None if it has none.
 
-    It is called with `(layers, final_norm, eps, sm_scale, k_pages, v_pages)` (`ops.stack.StackLayer`) and
-    answers None itself where dtypes, shapes or layouts are not for it.
+    It is called as `ops.cpu_stack.layer_stack` is, and answers None itself where dtypes, shapes or layouts
+    are not for it. A backend of one's own may bring it as its attribute `layer_stack`.
     """
-    make = getattr(backend, "layer_stack", None)
-    module = "memos_engine.ops.cpu_stack"
-    if make is None and backend.NAME == "native" and importlib.util.find_spec(module):
-        make = importlib.import_module(module).layer_stack
-    return cast("Callable[..., LayerStack | None] | None", make)
+    if backend.NAME == "native":
+        from memos_engine.ops import cpu_stack
+
+        return cpu_stack.layer_stack
+    return cast("Callable[..., LayerStack | None] | None", getattr(backend, "layer_stack", None))
 
 
 @functools.cache

@@ -12,8 +12,8 @@ from memos_engine.ops.stack import LayerStack, StackLayer
 
 # Rows up to which one call was faster than torch's products for each op (docs/benchmarks.md).
 _MAX_ROWS = {torch.bfloat16: 64, torch.float32: 8, torch.float16: 8}
-_PARTS = ("input_norm", "q", "k", "v", "o", "post_norm", "gate", "up", "down")
-_PARTS += ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "cos_sin")
+_WEIGHTS = ("input_norm", "q", "k", "v", "o", "post_norm", "gate", "up", "down")
+_PARTS = (*_WEIGHTS, "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "cos_sin")
 
 
 class CpuStack:
