@@ -1,4 +1,4 @@
-"""Watches a live model: no old KV meets new weights, and nothing that the decoder does not compute is lost."""
+"""Watches a live model, so that old KV never meets new weights and no hook or adapter is overlooked."""
 
 from __future__ import annotations
 

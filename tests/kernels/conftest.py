@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-
-# Before anything imports triton: its kernels then run in Python, on CPU tensors.
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
