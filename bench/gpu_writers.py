@@ -1,17 +1,16 @@
 """`splice_kv` on a device: bit-equal to the reference, and its speed against a plain copy.
 
-python -m memos_engine.bench.gpu_writers DEVICE SHAPES ...
+python -m memos_engine.bench.gpu_writers DEVICE TARGET SHAPES ...
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from memos_engine.bench.gpu_timing import Rows, median_ms
 from memos_engine.bench.target import SHAPES
 
 from memos_engine import ops
@@ -22,10 +21,11 @@ TOKENS = {"tiny": 200, "smollm2-135m": 1024, "qwen3-8b": 6064}
 
 def main() -> None:
     device = torch.device(sys.argv[1])
-    rows = [check(n, d, device) for n in sys.argv[2:] for d in (torch.float32, torch.bfloat16)]
-    for row in rows:
-        print(row)
-    equal = all(row["bit_equal"] for row in rows)
+    rows = Rows(Path(sys.argv[2]))
+    for name in sys.argv[3:]:
+        for dtype in (torch.float32, torch.bfloat16):
+            rows.add(**check(name, dtype, device))
+    equal = all(row["bit_equal"] for row in rows.rows)
     print("every bit as the reference" if equal else "DIFFERS from the reference")
     raise SystemExit(not equal)
 
@@ -51,8 +51,8 @@ def check(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]
     equal = torch.equal(k_pages, k_truth) and torch.equal(v_pages, v_truth)
     backend = ops.backend_for(device)
     copy_to = torch.empty_like(k)
-    ms = _median_ms(lambda: backend.splice_kv(k, v, k_pages, v_pages, slots, positions, table), device)
-    copy_ms = 2 * _median_ms(lambda: copy_to.copy_(k), device)
+    ms = median_ms(lambda: backend.splice_kv(k, v, k_pages, v_pages, slots, positions, table), device)
+    copy_ms = 2 * median_ms(lambda: copy_to.copy_(k), device)
     return {
         "op": "splice_kv",
         "backend": backend.NAME,
@@ -63,23 +63,6 @@ def check(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]
         "gb_per_s": round(2 * (k.nbytes + v.nbytes) / ms / 1e6, 1),
         "share_of_copy": round(copy_ms / ms, 3),
     }
-
-
-def _median_ms(call: Callable[[], object], device: torch.device, n: int = 20) -> float:
-    times = []
-    for i in range(n + 3):
-        _wait(device)
-        start = time.perf_counter()
-        call()
-        _wait(device)
-        if i >= 3:
-            times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

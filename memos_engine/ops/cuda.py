@@ -1,18 +1,24 @@
-"""The backend of CUDA tensors: the native kernels where nvcc built them, else Triton, else the reference."""
+"""The backend of CUDA tensors: native writers where nvcc built them, Triton, else the reference."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from memos_engine.ops import dense as dense_ops
 from memos_engine.ops import reference
-from memos_engine.ops.reference import linear, paged_attention, rms_norm, rope, silu_mul
+from memos_engine.ops.reference import linear
 
 __all__ = ["append_kv", "linear", "paged_attention", "rms_norm", "rope", "silu_mul", "splice_kv"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -25,11 +31,12 @@ def _load_native() -> Any:
     return _cuda
 
 
-def _load_fallback() -> Any:
+def _load_triton() -> Any:
+    """Triton's backend, or the reference in its place."""
     if importlib.util.find_spec("triton") is None:
         logging.getLogger("memos_engine").warning(
-            "memos_engine: neither CUDA kernels nor Triton are installed; KV writes use the torch reference. "
-            "Install memos-engine[cuda] for speed."
+            "memos_engine: Triton is not installed; attention and the other GPU kernels are the slow torch "
+            "reference. Install memos-engine[cuda] for speed."
         )
         return reference
     from memos_engine.ops import triton
@@ -38,10 +45,97 @@ def _load_fallback() -> Any:
 
 
 _native = _load_native()
-_fallback: Any = reference if _native else _load_fallback()
-NAME = "cuda" if _native else str(_fallback.NAME)
+_triton: Any = _load_triton()
+NAME = "cuda" if _native else str(_triton.NAME)
+# Whether a CUDA graph may capture these ops: the reference reads lengths on the host.
+CAPTURABLE = _triton is not reference
+_several = torch.cuda.device_count() > 1
 
 
+def _triton_for(*tensors: Tensor) -> Any:
+    """Triton, unless a tensor is of a dtype that only the reference computes in (float64)."""
+    return _triton if all(t.dtype in _DTYPES for t in tensors) else reference
+
+
+def _on_its_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Triton launches on the current device, which need not be the tensors'."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not _several:
+            return function(*args, **kwargs)
+        first: Any = args[0]
+        with torch.cuda.device(first.device):
+            return function(*args, **kwargs)
+
+    return guarded
+
+
+@_on_its_device
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    q_pos: Tensor,
+    sm_scale: float,
+    window: int = 0,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    max_query_len: int | None = None,
+    dense: bool = False,
+) -> Tensor:
+    """As `ops.paged_attention`, with what the caller knows without asking the device.
+
+    max_query_len: most rows of a request. dense: there is one request, and its rows are positions 0, 1, 2
+    and so on to its end, so that a library for dense prefill may serve it.
+    """
+    args = (q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, sm_scale, window, out, lse)
+    if dense and lse is None:
+        result = _dense(q, k_pages, v_pages, block_table, sm_scale, window)
+        if result is not None:
+            return result if out is None else out.copy_(result)
+    ops = _triton_for(q, k_pages)
+    if ops is reference:
+        return reference.paged_attention(*args)
+    attended: Tensor = ops.paged_attention(*args, max_query_len)
+    return attended
+
+
+def _dense(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, sm_scale: float, window: int
+) -> Tensor | None:
+    """The one request's keys out of their pages, then the library."""
+    if dense_ops.available() is None:
+        return None
+    tokens, page = q.shape[0], k_pages.shape[1]
+    blocks = block_table[0, : -(-tokens // page)].long()
+    k, v = (pages[blocks].flatten(0, 1)[:tokens] for pages in (k_pages, v_pages))
+    return dense_ops.dense_prefill(q, k, v, sm_scale, window)
+
+
+@_on_its_device
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    normed: Tensor = _triton_for(x, weight).rms_norm(x, weight, eps, residual, out)
+    return normed
+
+
+@_on_its_device
+def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool = False) -> None:
+    _triton_for(x).rope(x, positions, cos_sin, interleaved)
+
+
+@_on_its_device
+def silu_mul(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
+    product: Tensor = _triton_for(gate).silu_mul(gate, up, out)
+    return product
+
+
+@_on_its_device
 def append_kv(
     k: Tensor,
     v: Tensor,
@@ -52,20 +146,15 @@ def append_kv(
     cos_sin: Tensor | None,
     interleaved: bool = False,
 ) -> None:
-    if _native and k.dtype in _DTYPES and k_pages.dtype in _DTYPES:
-        pages = (k_pages.unsqueeze(0), v_pages.unsqueeze(0))
-        _write(
-            _native.append_kv,
-            (k.unsqueeze(0), v.unsqueeze(0), *pages),
-            slot_mapping,
-            positions,
-            cos_sin,
-            interleaved,
-        )
+    ops = _triton_for(k, k_pages)
+    if _native and ops is _triton:
+        tensors = (k.unsqueeze(0), v.unsqueeze(0), k_pages.unsqueeze(0), v_pages.unsqueeze(0))
+        _write(_native.append_kv, tensors, slot_mapping, positions, cos_sin, interleaved)
     else:
-        _fallback.append_kv(k, v, k_pages, v_pages, slot_mapping, positions, cos_sin, interleaved)
+        ops.append_kv(k, v, k_pages, v_pages, slot_mapping, positions, cos_sin, interleaved)
 
 
+@_on_its_device
 def splice_kv(
     src_k: Tensor,
     src_v: Tensor,
@@ -76,11 +165,11 @@ def splice_kv(
     cos_sin: Tensor | None,
     interleaved: bool = False,
 ) -> None:
-    tensors = (src_k, src_v, k_pages, v_pages)
-    if _native and src_k.dtype in _DTYPES and k_pages.dtype in _DTYPES:
+    ops, tensors = _triton_for(src_k, k_pages), (src_k, src_v, k_pages, v_pages)
+    if _native and ops is _triton:
         _write(_native.splice_kv, tensors, slot_mapping, positions, cos_sin, interleaved)
     else:
-        _fallback.splice_kv(*tensors, slot_mapping, positions, cos_sin, interleaved)
+        ops.splice_kv(*tensors, slot_mapping, positions, cos_sin, interleaved)
 
 
 def _write(
@@ -94,21 +183,20 @@ def _write(
     """Launches on the current stream of the tensors' device; all four tensors have a layer dimension."""
     k, _, k_pages, _ = tensors
     layers, tokens, kv_heads, dim = k.shape
-    with torch.cuda.device(k.device):
-        launch(
-            *(t.data_ptr() for t in tensors),
-            slot_mapping.data_ptr(),
-            positions.data_ptr(),
-            0 if cos_sin is None else cos_sin.data_ptr(),
-            _DTYPES[k.dtype],
-            _DTYPES[k_pages.dtype],
-            layers,
-            tokens,
-            kv_heads,
-            dim,
-            *k_pages.shape[1:3],
-            *((0, 0) if cos_sin is None else cos_sin.shape),
-            *(stride for t in tensors for stride in t.stride()[:-1]),
-            interleaved,
-            torch.cuda.current_stream(k.device).cuda_stream,
-        )
+    launch(
+        *(t.data_ptr() for t in tensors),
+        slot_mapping.data_ptr(),
+        positions.data_ptr(),
+        0 if cos_sin is None else cos_sin.data_ptr(),
+        _DTYPES[k.dtype],
+        _DTYPES[k_pages.dtype],
+        layers,
+        tokens,
+        kv_heads,
+        dim,
+        *k_pages.shape[1:3],
+        *((0, 0) if cos_sin is None else cos_sin.shape),
+        *(stride for t in tensors for stride in t.stride()[:-1]),
+        interleaved,
+        torch.cuda.current_stream(k.device).cuda_stream,
+    )

@@ -1,4 +1,4 @@
-"""The Triton backend: the two ops that have a Triton kernel, the reference for the rest.
+"""The Triton backend: a kernel for every op but `linear`, which is torch's matrix product.
 
 Imported only when a CUDA tensor arrives (or by a test in Triton's interpreter): `import triton` is slow.
 """
@@ -6,8 +6,12 @@ Imported only when a CUDA tensor arrives (or by a test in Triton's interpreter):
 from __future__ import annotations
 
 from memos_engine.kernels.append_kv import append_kv
+from memos_engine.kernels.paged_attention_launch import paged_attention
+from memos_engine.kernels.rms_norm import rms_norm
+from memos_engine.kernels.rope import rope
+from memos_engine.kernels.silu_mul import silu_mul
 from memos_engine.kernels.splice_kv import splice_kv
-from memos_engine.ops.reference import linear, paged_attention, rms_norm, rope, silu_mul
+from memos_engine.ops.reference import linear
 
 NAME = "triton"
 
