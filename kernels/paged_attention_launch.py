@@ -50,10 +50,11 @@ def paged_attention(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     max_query_len: int | None = None,
+    dense: bool = False,
     shapes: tuple[Shape, ...] = SHAPES,
 ) -> Tensor:
-    """As `ops.paged_attention`. max_query_len: most rows of a request, where the caller knows; it saves
-    launches that would find nothing to do."""
+    """As `ops.backend.Backend.paged_attention`. max_query_len saves launches that would find nothing to do;
+    dense tells nothing more."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     tokens, heads, dim = q.shape
     requests, kv_heads = seq_lens.shape[0], k_pages.shape[2]

@@ -172,6 +172,7 @@ class GraphRunner:
             query_start=torch.arange(0, size + 1, size // requests, dtype=torch.int32, device=device),
             block_table=buffers.block_table[:requests],
             seq_lens=buffers.seq_lens[:requests],
+            max_query_len=size // requests,
         )
         model, cache = self.model, self.cache
         replay, out = self._recorder.record(lambda: model.forward(step, cache))

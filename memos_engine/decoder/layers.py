@@ -18,7 +18,8 @@ class StepInput:
     """One forward's index tensors; the runner fills them, the layers read them (docs/kernels.md).
 
     token_ids `[tokens] int64`, positions `[tokens] int32`, slot_mapping `[tokens] int64`,
-    query_start `[B + 1] int32`, block_table `[B, max_blocks] int32`, seq_lens `[B] int32`.
+    query_start `[B + 1] int32`, block_table `[B, max_blocks] int32`, seq_lens `[B] int32`. max_query_len and
+    dense are hints to `ops.backend.Backend.paged_attention`.
     """
 
     token_ids: Tensor
@@ -27,6 +28,8 @@ class StepInput:
     query_start: Tensor
     block_table: Tensor
     seq_lens: Tensor
+    max_query_len: int | None = None
+    dense: bool = False
 
 
 @dataclass(slots=True)
@@ -76,6 +79,8 @@ def attention(
         step.positions,
         spec.sm_scale,
         spec.layers[index].window,
+        max_query_len=step.max_query_len,
+        dense=step.dense,
     )
     out = ops.linear(out.reshape(tokens, -1), w.o)
     _add_biases((out, w.o_bias))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memos_engine.decoder.batcher import Rows
+from memos_engine.decoder.graphs import graph_runner
 from memos_engine.decoder.kvcache import KVCache
 from memos_engine.decoder.layers import KVCapture, StepInput
 from memos_engine.decoder.model import PagedDecoder
@@ -17,11 +18,12 @@ from memos_engine.decoder.splice import splice
 
 
 class ModelRunner:
-    """A model and its pages."""
+    """A model and its pages. max_batch: most requests of a step that is worth a CUDA graph."""
 
-    def __init__(self, model: PagedDecoder, cache: KVCache) -> None:
+    def __init__(self, model: PagedDecoder, cache: KVCache, max_batch: int = 32) -> None:
         self.model = model
         self.cache = cache
+        self.graphs = graph_runner(model, cache, max_batch)
         self.device = model.weights.device
 
     def copy_pages(self, copies: list[tuple[int, int]]) -> None:
@@ -44,7 +46,11 @@ class ModelRunner:
         step = self.step_input(batch)
         single = len(batch) == step.token_ids.shape[0]  # one row each: all of them are last ones
         last = None if single else step.query_start[1:].long() - 1
-        hidden = self.model.forward(step, self.cache, rows=last, capture=capture)
+        hidden = None
+        if self.graphs is not None and capture is None:
+            hidden = self.graphs.run(step, last)
+        if hidden is None:
+            hidden = self.model.forward(step, self.cache, rows=last, capture=capture)
         return self.model.logits(hidden)
 
     def step_input(self, batch: Seq[Rows]) -> StepInput:
@@ -68,6 +74,8 @@ class ModelRunner:
             query_start=self._put(start),
             block_table=self._put(table),
             seq_lens=self._put(np.asarray([rows[-1] + 1 for _, rows in batch], dtype=np.int32)),
+            max_query_len=max(counts),
+            dense=len(batch) == 1 and batch[0][1][-1] + 1 == counts[0],  # ascending: all from 0 on
         )
 
     def grow(self, num_blocks: int, used: list[int]) -> None:
@@ -77,6 +85,8 @@ class ModelRunner:
         for block in used:
             self.cache.k[:, block] = old.k[:, block]
             self.cache.v[:, block] = old.v[:, block]
+        if self.graphs is not None:
+            self.graphs.cache = self.cache
 
     def _slots(self, blocks: np.ndarray, positions: np.ndarray) -> np.ndarray:
         page = self.cache.page

@@ -24,7 +24,12 @@ log = logging.getLogger("memos_engine")
 
 
 class Backend(Protocol):
-    """What a backend module offers. These functions do not check their arguments (`ops.contracts` does)."""
+    """What a backend module offers. These functions do not check their arguments (`ops.contracts` does).
+
+    `max_query_len` and `dense` of paged_attention are what the caller knows without asking the device: most
+    rows of a request; that there is one request, whose rows are positions 0, 1, 2 and so on to its end. They
+    change no result, and a backend may ignore them.
+    """
 
     NAME: str
 
@@ -41,6 +46,8 @@ class Backend(Protocol):
         window: int = 0,
         out: Tensor | None = None,
         lse: Tensor | None = None,
+        max_query_len: int | None = None,
+        dense: bool = False,
     ) -> Tensor: ...
 
     def append_kv(

@@ -77,6 +77,8 @@ def paged_attention(
     window: int = 0,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    max_query_len: int | None = None,
+    dense: bool = False,
 ) -> Tensor:
     q_dtype, kv_dtype = DTYPES.get(q.dtype), DTYPES.get(k_pages.dtype)
     if q_dtype is None or kv_dtype is None:

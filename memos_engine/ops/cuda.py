@@ -87,11 +87,7 @@ def paged_attention(
     max_query_len: int | None = None,
     dense: bool = False,
 ) -> Tensor:
-    """As `ops.paged_attention`, with what the caller knows without asking the device.
-
-    max_query_len: most rows of a request. dense: there is one request, and its rows are positions 0, 1, 2
-    and so on to its end, so that a library for dense prefill may serve it.
-    """
+    """As `ops.backend.Backend.paged_attention`; a library for dense prefill may serve `dense`."""
     args = (q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, sm_scale, window, out, lse)
     if dense and lse is None:
         result = _dense(q, k_pages, v_pages, block_table, sm_scale, window)

@@ -35,6 +35,8 @@ def paged_attention(
     window: int = 0,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    max_query_len: int | None = None,
+    dense: bool = False,
 ) -> Tensor:
     """softmax(q k^T * sm_scale) v over paged keys, one request after the other."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out

@@ -9,10 +9,12 @@ from dataclasses import dataclass, fields
 import pytest
 import torch
 
+from memos_engine.config import SamplingParams
 from memos_engine.decoder.graphs import GraphRunner, graph_runner
 from memos_engine.decoder.kvcache import KVCache
 from memos_engine.decoder.layers import StepInput
 from memos_engine.decoder.model import PagedDecoder
+from memos_engine.decoder.sequence import TextSpan
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.decoder.weights import Weights
 
@@ -201,7 +203,8 @@ def test_inputs_live_as_long_as_their_graph(twins):
     class Forgetful:
         def record(self, work):
             step = work.__closure__[2].cell_contents
-            seen.extend(weakref.ref(getattr(step, f.name)) for f in fields(step))
+            values = [getattr(step, f.name) for f in fields(step)]
+            seen.extend(weakref.ref(v) for v in values if isinstance(v, torch.Tensor))
             return (lambda: None), work()
 
     pair = twins(recorder=Forgetful())
@@ -226,6 +229,41 @@ def test_what_does_not_fit_is_eager(twins):
     step = pair.step([0], [1])
     step.block_table = torch.zeros(1, 1000, dtype=torch.int32)
     assert pair.graphs.run(step) is None
+
+
+def test_an_engine_runs_on_graphs(tiny_llama, make_engine, random_ids):
+    """Decoding and short prefills replay; a larger pool and new weights mean new graphs."""
+    model, other = tiny_llama(seed=3), tiny_llama(seed=4)
+    plain, graphed = (make_engine(model, dtype="float32", pool_tokens=256, max_batch=4) for _ in range(2))
+    recorder = Recorder()
+    runner = graphed.runner
+    runner.graphs = GraphRunner(runner.model, runner.cache, 4, (16, 32), recorder)
+    params = SamplingParams(max_new_tokens=9)
+    for change in (None, lambda e: e.grow(512), lambda e: e.use_weights(Weights.from_model(other, e.spec))):
+        outputs, before = [], len(recorder.recorded)
+        for engine in (plain, graphed):
+            if change is not None:
+                change(engine)
+            requests = [engine.add_request([TextSpan(random_ids(n, n))], params) for n in (9, 30, 50)]
+            while not engine.idle:
+                engine.step()
+            engine.check_integrity()
+            outputs.append([r.output for r in requests])
+        assert outputs[0] == outputs[1]
+        assert len(recorder.recorded) > before
+        engine.forget_prefixes()
+        plain.forget_prefixes()
+
+
+def test_the_runner_says_when_a_prefill_is_dense(tiny_llama, make_engine, random_ids):
+    engine = make_engine(tiny_llama(), dtype="float32")
+    seq = engine.add_request([TextSpan(random_ids(20))], SamplingParams(max_new_tokens=1))
+    seq.blocks = [1, 2]
+    rows = {(0, 1, 2): True, (0,): True, (0, 2, 3): False, (1, 2): False, (19,): False}
+    for wanted, dense in rows.items():
+        step = engine.runner.step_input([(seq, list(wanted))])
+        assert (step.dense, step.max_query_len) == (dense, len(wanted))
+    assert not engine.runner.step_input([(seq, [0, 1]), (seq, [0])]).dense
 
 
 def test_only_a_gpu_gets_graphs(twins, monkeypatch):
