@@ -1,19 +1,30 @@
 // Attention of a few rows (decode): lanes of a vector are channels, so that no lane idles.
 //
-// An item is up to 8 packed rows against up to 256 keys; scores of all of them fit into scratch, so softmax
-// is a plain one. `attention_merge` joins the key ranges of one row by their maxima and sums.
+// An item is up to 8 packed rows of up to 8 KV heads against up to 128 keys. Heads of a key are neighbours in
+// memory, so all of them are taken key by key: K and V are two streams in order, which memory delivers fastest.
+// Scores of all keys fit into scratch, so softmax is a plain one. `attention_merge` joins the key ranges of one
+// row by their maxima and sums.
+#include <algorithm>
+
 #include "attention_rows.h"
 
 namespace memos_engine {
 namespace ME_LEVEL {
 namespace {
 
+// Lines are asked for so many keys before they are needed, one by one between the products: a burst of requests
+// would wait for itself.
+constexpr int64_t kAhead = 32;
+
 struct Work {
-    const int64_t *k_at, *v_at;
-    const float* q;            // [rows][padded]
+    // K and V of the first head, by key. Behind the last key of K come the first ones of V, and behind those of V
+    // what will be read next.
+    const char *const *k, *const *v;
+    int64_t heads;
+    const float* q;            // [heads][rows][padded]
     const uint16_t* narrow_q;  // the same in bfloat16, where the queries are bfloat16
-    float* scores;             // [rows][256]
-    float* out;                // [rows][padded]
+    float* scores;             // [heads][rows][128]
+    float* out;                // [heads][rows][padded]
     int64_t n, padded;
     float scale;
 };
@@ -41,33 +52,30 @@ struct Product<BFloat16Pairs> {
 };
 #endif
 
-// Lines that the loop below will want soon: keys of one head lie apart, where no prefetcher follows.
-template <class T>
-ME_INLINE void fetch(const T* p, int64_t n) {
-    for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i);
-}
-
-// scores[r][j] = q[r] . k[j] for kWidth keys at a time, whose sums are taken together.
+// scores[h][r][j] = q[h][r] . k[j][h] for kWidth keys at a time, whose sums are taken together.
 template <class Pr, class T, int R>
-void score(const Attention& a, const Work& w, const typename Pr::P* q, float scale) {
-    constexpr int64_t kAhead = 2 * kWidth;  // keys
-    const T *k = (const T*)a.k, *v = (const T*)a.v;
+void score(const Attention& a, const Work& w, const typename Pr::P* q) {
+    constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t j = 0; j < w.n; j += kWidth) {
-        const T* key[kWidth];
-        for (int i = 0; i < kWidth; ++i) {
-            const int64_t at = j + i < w.n ? j + i : w.n - 1;
-            const int64_t next = at + kAhead < w.n ? at + kAhead : w.n - 1;
-            key[i] = k + w.k_at[at];
-            fetch(k + w.k_at[next], w.padded);
-            fetch(v + w.v_at[at], w.padded);
-        }
-        for (int r = 0; r < R; ++r) {
-            F acc[kWidth] = {};
-            for (int64_t d = 0; d < w.padded; d += Pr::kStep) {
-                const auto part = Pr::load(q + r * w.padded + d);
-                for (int i = 0; i < kWidth; ++i) acc[i] = Pr::add(acc[i], key[i] + d, part);
+        for (int64_t h = 0; h < w.heads; ++h) {
+            const T *key[kWidth], *next[kWidth];
+            for (int i = 0; i < kWidth; ++i) {
+                const int64_t at = j + i < w.n ? j + i : w.n - 1;
+                key[i] = (const T*)w.k[at] + h * a.k_head;
+                next[i] = (const T*)w.k[at + kAhead] + h * a.k_head;
             }
-            store(w.scores + r * kDecodeKeys + j, sums(acc) * scale);
+            for (int r = 0; r < R; ++r) {
+                const auto* query = q + (h * R + r) * w.padded;
+                F acc[kWidth] = {};
+                for (int64_t d = 0; d < w.padded; d += Pr::kStep) {
+                    const auto part = Pr::load(query + d);
+                    for (int i = 0; i < kWidth; ++i) {
+                        acc[i] = Pr::add(acc[i], key[i] + d, part);
+                        if (i % R == r && d % kLine == 0) __builtin_prefetch(next[i] + d, 0, 2);
+                    }
+                }
+                store(w.scores + (h * R + r) * kDecodeKeys + j, sums(acc) * w.scale);
+            }
         }
     }
 }
@@ -77,31 +85,46 @@ void scores(const Attention& a, const Work& w) {
     typedef typename S::T T;
 #if defined(__AVX512BF16__)
     if constexpr (S::dtype == DType::bf16)
-        if (w.narrow_q) return score<Product<BFloat16Pairs>, T, R>(a, w, w.narrow_q, w.scale);
+        if (w.narrow_q) return score<Product<BFloat16Pairs>, T, R>(a, w, w.narrow_q);
 #endif
-    score<Product<S>, T, R>(a, w, w.q, w.scale);
+    score<Product<S>, T, R>(a, w, w.q);
 }
 
+// Adds keys j ... end - 1 of one head, C vectors of channels, to its rows of out.
 template <class S, int R, int C>
-ME_INLINE void accumulate_channels(const Attention& a, const Work& w, int64_t d) {
-    F acc[R][C] = {};
-    for (int64_t j = 0; j < w.n; ++j) {
-        const typename S::T* v = (const typename S::T*)a.v + w.v_at[j] + d;
+ME_INLINE void accumulate_channels(const Attention& a, const Work& w, int64_t h, int64_t d, int64_t j,
+                                   int64_t end) {
+    typedef typename S::T T;
+    const int64_t at = h * a.v_head + d;
+    const float* weights = w.scores + h * R * kDecodeKeys;
+    float* out = w.out + h * R * w.padded + d;
+    F acc[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) acc[r][c] = j ? load(out + r * w.padded + c * kWidth) : F{};
+    for (; j < end; ++j) {
+        const T *v = (const T*)w.v[j] + at, *next = (const T*)w.v[j + kAhead] + at;
         for (int c = 0; c < C; ++c) {
+            if (c * kWidth * sizeof(T) % 64 == 0) __builtin_prefetch(next + c * kWidth, 0, 2);
             const F value = S::load(v + c * kWidth);
-            for (int r = 0; r < R; ++r) acc[r][c] += value * w.scores[r * kDecodeKeys + j];
+            for (int r = 0; r < R; ++r) acc[r][c] += value * weights[r * kDecodeKeys + j];
         }
     }
     for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) store(w.out + r * w.padded + d + c * kWidth, acc[r][c]);
+        for (int c = 0; c < C; ++c) store(out + r * w.padded + c * kWidth, acc[r][c]);
 }
 
 template <class S, int R>
 void accumulate(const Attention& a, const Work& w) {
     constexpr int C = kWidth == 16 ? (R <= 4 ? 4 : 2) : (R <= 4 ? 2 : 1);
-    int64_t d = 0;
-    for (; d + C * kWidth <= w.padded; d += C * kWidth) accumulate_channels<S, R, C>(a, w, d);
-    for (; d < w.padded; d += kWidth) accumulate_channels<S, R, 1>(a, w, d);
+    for (int64_t j = 0; j < w.n; j += kAhead) {
+        const int64_t end = j + kAhead < w.n ? j + kAhead : w.n;
+        for (int64_t h = 0; h < w.heads; ++h) {
+            int64_t d = 0;
+            for (; d + C * kWidth <= w.padded; d += C * kWidth)
+                accumulate_channels<S, R, C>(a, w, h, d, j, end);
+            for (; d < w.padded; d += kWidth) accumulate_channels<S, R, 1>(a, w, h, d, j, end);
+        }
+    }
 }
 
 // Masks, exponentiates and sums one row's scores; keys that the row does not see get weight 0.
@@ -124,30 +147,45 @@ float softmax(float* scores, int64_t n, int64_t from, int64_t until, float& top)
     return sum(total);
 }
 
+// The item's part for one of its heads.
+ME_INLINE AttentionItem of_head(const Attention& a, AttentionItem item, int64_t h) {
+    item.kv_head += (int32_t)h;
+    if (item.partial) item.partial += h * item.rows * (2 + a.head_dim);
+    return item;
+}
+
 template <class S, int R>
-void run_rows(const Attention& a, const AttentionItem& item, const Work& w) {
+void run_rows(const Attention& a, const AttentionItem& whole, const Work& w) {
     scores<S, R>(a, w);
-    const Rows rows(a, item);
-    float top[R], total[R];
-    for (int r = 0; r < R; ++r) {
-        const int64_t pos = rows.position(item.row + r);
-        const int64_t from = a.window > 0 ? pos - a.window + 1 - item.key : 0;
-        total[r] = softmax(w.scores + r * kDecodeKeys, w.n, from, pos + 1 - item.key, top[r]);
+    float top[kDecodeHeads * R], total[kDecodeHeads * R];
+    const Rows positions(a, whole);
+    for (int64_t h = 0; h < w.heads; ++h) {
+        for (int r = 0; r < R; ++r) {
+            const int64_t pos = positions.position(whole.row + r);
+            const int64_t from = a.window > 0 ? pos - a.window + 1 - whole.key : 0;
+            total[h * R + r] = softmax(w.scores + (h * R + r) * kDecodeKeys, w.n, from, pos + 1 - whole.key,
+                                       top[h * R + r]);
+        }
     }
     accumulate<S, R>(a, w);
-    for (int r = 0; r < R; ++r) {
-        float* out = w.out + r * w.padded;
-        if (item.partial) {
-            item.partial[r] = top[r], item.partial[item.rows + r] = total[r];
-            std::memcpy(item.partial + 2 * item.rows + r * a.head_dim, out, a.head_dim * sizeof(float));
-            continue;
+    for (int64_t h = 0; h < w.heads; ++h) {
+        const AttentionItem item = of_head(a, whole, h);
+        const Rows rows(a, item);
+        for (int r = 0; r < R; ++r) {
+            float* out = w.out + (h * R + r) * w.padded;
+            const float sum = total[h * R + r];
+            if (item.partial) {
+                item.partial[r] = top[h * R + r], item.partial[item.rows + r] = sum;
+                std::memcpy(item.partial + 2 * item.rows + r * a.head_dim, out, a.head_dim * sizeof(float));
+                continue;
+            }
+            const float inverse = sum > 0 ? 1.0f / sum : 0.0f;
+            for (int64_t d = 0; d < w.padded; d += kWidth) store(out + d, load(out + d) * inverse);
+            with_dtype(a.q_dtype, [&](auto q) {
+                narrow<decltype(q)>(rows.out<decltype(q)>(item.row + r), out, a.head_dim);
+            });
+            rows.store_lse(item.row + r, top[h * R + r], sum);
         }
-        const float inverse = total[r] > 0 ? 1.0f / total[r] : 0.0f;
-        for (int64_t d = 0; d < w.padded; d += kWidth) store(out + d, load(out + d) * inverse);
-        with_dtype(a.q_dtype, [&](auto q) {
-            narrow<decltype(q)>(rows.out<decltype(q)>(item.row + r), out, a.head_dim);
-        });
-        rows.store_lse(item.row + r, top[r], total[r]);
     }
 }
 
@@ -173,21 +211,41 @@ void run(const Attention& a, const AttentionItem& item, const Work& w) {
     }
 }
 
-// Head sizes that are no multiple of the vector width: widened, zero-padded copies stand in for the pages.
+// Head sizes that are no multiple of the vector width, head by head: widened, zero-padded copies stand in for
+// the pages.
 template <class S>
-void run_padded(const Attention& a, const AttentionItem& item, Work w, float* copies) {
-    Attention padded = a;
-    int64_t at[kDecodeKeys];
-    padded.k = copies, padded.v = copies + kDecodeKeys * w.padded;
-    w.narrow_q = nullptr;
-    for (int64_t j = 0; j < w.n; ++j) {
-        at[j] = j * w.padded;
-        widen<S>(copies + at[j], (const typename S::T*)a.k + w.k_at[j], a.head_dim, w.padded);
-        widen<S>(copies + kDecodeKeys * w.padded + at[j], (const typename S::T*)a.v + w.v_at[j], a.head_dim,
-                 w.padded);
+void run_padded(const Attention& a, const AttentionItem& item, const Work& all, float* copies) {
+    typedef typename S::T T;
+    const char *k[kDecodeKeys + kAhead], *v[kDecodeKeys + kAhead];
+    for (int64_t j = 0; j < all.n + kAhead; ++j) {
+        const int64_t at = (j < all.n ? j : all.n - 1) * all.padded;
+        k[j] = (const char*)(copies + at), v[j] = (const char*)(copies + kDecodeKeys * all.padded + at);
     }
-    w.k_at = w.v_at = at;
-    run<Float32>(padded, item, w);
+    for (int64_t h = 0; h < all.heads; ++h) {
+        Work w = all;
+        w.narrow_q = nullptr, w.heads = 1, w.q += h * item.rows * w.padded, w.k = k, w.v = v;
+        for (int64_t j = 0; j < w.n; ++j) {
+            widen<S>((float*)k[j], (const T*)all.k[j] + h * a.k_head, a.head_dim, w.padded);
+            widen<S>((float*)v[j], (const T*)all.v[j] + h * a.v_head, a.head_dim, w.padded);
+        }
+        run<Float32>(a, of_head(a, item, h), w);
+    }
+}
+
+// Addresses of the item's keys and of those to be fetched behind them.
+void locate_all(const Attention& a, const AttentionItem& item, const char** k, const char** v) {
+    const int64_t n = item.key_end - item.key, size = a.kv_dtype == DType::f32 ? 4 : 2;
+    if (n == 0) return;
+    const int64_t behind = std::min<int64_t>(a.seq_lens[item.request], a.max_blocks * a.page) - item.key_end;
+    const int64_t more = std::min(kAhead, behind);
+    int64_t k_at[kDecodeKeys + kAhead], v_at[kDecodeKeys + kAhead];
+    locate(a, item, item.key, n + more, k_at, v_at);
+    for (int64_t j = 0; j < n; ++j)
+        k[j] = (const char*)a.k + k_at[j] * size, v[j] = (const char*)a.v + v_at[j] * size;
+    for (int64_t j = 0; j < kAhead; ++j) {
+        k[n + j] = v[j < n ? j : n - 1];
+        v[n + j] = j < more ? (const char*)a.k + k_at[n + j] * size : v[n - 1];
+    }
 }
 
 }  // namespace
@@ -195,30 +253,34 @@ void run_padded(const Attention& a, const AttentionItem& item, Work w, float* co
 int64_t decode_scratch(int64_t head_dim) {
     const int64_t padded = round_up(head_dim, 16);
     const int64_t copies = head_dim == padded ? 0 : 2 * kDecodeKeys * padded;
-    return sizeof(float) * (kDecodeRows * (3 * padded + kDecodeKeys) + copies);
+    return sizeof(float) * (kDecodeHeads * kDecodeRows * (3 * padded + kDecodeKeys) + copies);
 }
 
 void attention_decode(const Attention& a, const AttentionItem& item, float* scratch) {
     const int64_t padded = round_up(a.head_dim, 16);
-    int64_t k_at[kDecodeKeys], v_at[kDecodeKeys];
+    const char *k[kDecodeKeys + kAhead], *v[kDecodeKeys + kAhead];
+    const int64_t rows = item.kv_heads * item.rows;
     float* q = scratch;
-    float* scores = q + kDecodeRows * padded;
-    float* out = scores + kDecodeRows * kDecodeKeys;
-    uint16_t* narrow_q = (uint16_t*)(out + kDecodeRows * padded);
-    float* copies = out + 2 * kDecodeRows * padded;
-    const Rows rows(a, item);
+    float* scores = q + rows * padded;
+    float* out = scores + rows * kDecodeKeys;
+    uint16_t* narrow_q = (uint16_t*)(out + rows * padded);
+    float* copies = out + 2 * rows * padded;
     const bool pairs = a.q_dtype == DType::bf16 && padded % 32 == 0 && a.head_dim == padded;
-    for (int r = 0; r < item.rows; ++r) {
-        with_dtype(a.q_dtype, [&](auto t) {
-            const auto* from = rows.query<decltype(t)>(item.row + r);
-            widen<decltype(t)>(q + r * padded, from, a.head_dim, padded);
-            if (pairs) std::memcpy(narrow_q + r * padded, from, padded * sizeof(uint16_t));
-        });
+    for (int64_t h = 0; h < item.kv_heads; ++h) {
+        const Rows of(a, of_head(a, item, h));
+        for (int r = 0; r < item.rows; ++r) {
+            const int64_t to = (h * item.rows + r) * padded;
+            with_dtype(a.q_dtype, [&](auto t) {
+                const auto* from = of.query<decltype(t)>(item.row + r);
+                widen<decltype(t)>(q + to, from, a.head_dim, padded);
+                if (pairs) std::memcpy(narrow_q + to, from, padded * sizeof(uint16_t));
+            });
+        }
     }
     const float scale = a.sm_scale * kLog2E;
-    const Work w = {k_at,   v_at, q, pairs ? narrow_q : nullptr, scores, out, item.key_end - item.key,
-                    padded, scale};
-    locate(a, item, item.key, w.n, k_at, v_at);
+    const Work w = {k,   v,      item.kv_heads,           q,       pairs ? narrow_q : nullptr,
+                    scores, out, item.key_end - item.key, padded, scale};
+    locate_all(a, item, k, v);
     with_dtype(a.kv_dtype, [&](auto kv) {
         if (a.head_dim == padded)
             run<decltype(kv)>(a, item, w);
@@ -230,24 +292,31 @@ void attention_decode(const Attention& a, const AttentionItem& item, float* scra
 // `items` are the key ranges of one set of rows, each with its partial result.
 void attention_merge(const Attention& a, const AttentionItem* items, int count) {
     const AttentionItem& first = items[0];
-    const Rows rows(a, first);
-    for (int64_t r = 0; r < first.rows; ++r) {
-        float top = kMinusInf, total = 0;
-        for (int i = 0; i < count; ++i) top = items[i].partial[r] > top ? items[i].partial[r] : top;
-        const float base = top == kMinusInf ? 0.0f : top;
-        float* sum = first.partial + 2 * first.rows + r * a.head_dim;
-        for (int i = 0; i < count; ++i) {
-            const float weight = exp2_nonpositive(splat(items[i].partial[r] - base))[0];
-            total += weight * items[i].partial[first.rows + r];
-            const float* part = items[i].partial + 2 * first.rows + r * a.head_dim;
-            for (int64_t d = 0; d < a.head_dim; ++d) sum[d] = (i ? sum[d] : 0.0f) + weight * part[d];
+    for (int64_t h = 0; h < first.kv_heads; ++h) {
+        const Rows rows(a, of_head(a, first, h));
+        const int64_t skipped = h * first.rows * (2 + a.head_dim);
+        for (int64_t r = 0; r < first.rows; ++r) {
+            float top = kMinusInf, total = 0;
+            for (int i = 0; i < count; ++i) {
+                const float its = items[i].partial[skipped + r];
+                top = its > top ? its : top;
+            }
+            const float base = top == kMinusInf ? 0.0f : top;
+            float* sum = first.partial + skipped + 2 * first.rows + r * a.head_dim;
+            for (int i = 0; i < count; ++i) {
+                const float* from = items[i].partial + skipped;
+                const float weight = exp2_nonpositive(splat(from[r] - base))[0];
+                total += weight * from[first.rows + r];
+                const float* part = from + 2 * first.rows + r * a.head_dim;
+                for (int64_t d = 0; d < a.head_dim; ++d) sum[d] = (i ? sum[d] : 0.0f) + weight * part[d];
+            }
+            const float inverse = total > 0 ? 1.0f / total : 0.0f;
+            for (int64_t d = 0; d < a.head_dim; ++d) sum[d] *= inverse;
+            with_dtype(a.q_dtype, [&](auto q) {
+                narrow<decltype(q)>(rows.out<decltype(q)>(first.row + r), sum, a.head_dim);
+            });
+            rows.store_lse(first.row + r, top, total);
         }
-        const float inverse = total > 0 ? 1.0f / total : 0.0f;
-        for (int64_t d = 0; d < a.head_dim; ++d) sum[d] *= inverse;
-        with_dtype(a.q_dtype, [&](auto q) {
-            narrow<decltype(q)>(rows.out<decltype(q)>(first.row + r), sum, a.head_dim);
-        });
-        rows.store_lse(first.row + r, top, total);
     }
 }
 

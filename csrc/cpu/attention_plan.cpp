@@ -55,6 +55,7 @@ AttentionPlan plan_attention(const Attention& a) {
     for (int64_t b = 0; b < a.requests; ++b) {
         const int64_t rows = (a.query_start[b + 1] - a.query_start[b]) * group;
         const int64_t step = rows <= kDecodeRows ? kDecodeRows : kItemRows;
+        const int64_t heads = rows <= kDecodeRows ? kDecodeHeads : 1;
         const int64_t split = rows <= kDecodeRows ? kDecodeKeys : rows <= kSplitRows ? kSplitKeys : INT32_MAX;
         for (int64_t row = 0; row < rows; row += step) {
             const int64_t n = std::min(step, rows - row);
@@ -63,14 +64,15 @@ AttentionPlan plan_attention(const Attention& a) {
             const int64_t begin = std::min<int64_t>(first_visible(a, b, row, n), end) / split * split;
             const int64_t parts = std::max<int64_t>(1, (end - begin + split - 1) / split);
             plan.work += (double)n * (end - begin) * a.kv_heads;
-            for (int64_t h = 0; h < a.kv_heads; ++h) {
+            for (int64_t h = 0; h < a.kv_heads; h += heads) {
+                const int64_t some = std::min(heads, a.kv_heads - h);
                 plan.groups.push_back({(int32_t)plan.items.size(), (int32_t)parts});
                 for (int64_t part = 0; part < parts; ++part) {
                     const int64_t key = begin + part * split;
-                    plan.items.push_back({(int32_t)b, (int32_t)h, (int32_t)row, (int32_t)n, (int32_t)key,
-                                          (int32_t)std::min(end, key + split), nullptr});
+                    plan.items.push_back({(int32_t)b, (int32_t)h, (int32_t)some, (int32_t)row, (int32_t)n,
+                                          (int32_t)key, (int32_t)std::min(end, key + split), nullptr});
                 }
-                if (parts > 1) partial_floats += parts * n * (2 + a.head_dim);
+                if (parts > 1) partial_floats += parts * some * n * (2 + a.head_dim);
             }
         }
     }
@@ -80,7 +82,7 @@ AttentionPlan plan_attention(const Attention& a) {
         if (group.count == 1) continue;
         for (int32_t i = group.first; i < group.first + group.count; ++i) {
             plan.items[(size_t)i].partial = at;
-            at += plan.items[(size_t)i].rows * (2 + a.head_dim);
+            at += plan.items[(size_t)i].kv_heads * plan.items[(size_t)i].rows * (2 + a.head_dim);
         }
     }
     return plan;

@@ -7,18 +7,19 @@
 namespace memos_engine {
 
 // Rows of one request and KV head, packed as row = token * group + head within the group, against a key
-// range.
+// range; a decode item is that for several heads.
 struct AttentionItem {
-    int32_t request, kv_head;
+    int32_t request, kv_head, kv_heads;
     int32_t row, rows;
     int32_t key, key_end;  // key_end <= seq_len and <= the last key that any of the rows sees, plus one
-    float* partial;        // null: write `out`; else max [rows], sum [rows], result [rows][head_dim]
+    float* partial;  // null: write `out`; else, by head: max [rows], sum [rows], result [rows][head_dim]
 };
 
 constexpr int kTileRows = 16;  // query rows side by side in vector lanes
 constexpr int kItemRows = 4 * kTileRows;
 constexpr int kDecodeRows = 8;    // up to here vector lanes hold channels instead
-constexpr int kDecodeKeys = 256;  // keys of one item in that case
+constexpr int kDecodeHeads = 8;   // most KV heads of one item in that case
+constexpr int kDecodeKeys = 128;  // and its keys
 constexpr int kSplitRows = 128;   // up to here keys are split as well, into ranges of kSplitKeys
 constexpr int kSplitKeys = 512;
 

@@ -1,5 +1,7 @@
 // x @ weight^T for few rows of x: reading the weights is the whole cost, so each is read once, in order, from
 // where it lies. With a few dozen rows the products count as well; on AMX tiles they are in linear_amx.cpp.
+#include <type_traits>
+
 #include "level.h"
 #include "simd.h"
 
@@ -52,42 +54,52 @@ struct Dot<BFloat16> {
 };
 #endif
 
-// Sums of the products of one weight row with one row of x; U of them hide the latency of the additions.
-template <class S>
-ME_INLINE F dot(const Linear& a, const typename S::T* w, const typename Dot<S>::P* x) {
+// Sums of the products of one weight row with R rows of x; R * U sums hide the latency of the additions.
+template <class S, int R>
+ME_INLINE void dots(const Linear& a, const typename S::T* w, const typename Dot<S>::P* x, F* total) {
     typedef Dot<S> D;
     constexpr int64_t kStep = D::kElements;
-    constexpr int U = 4;
-    F acc[U] = {};
+    constexpr int U = R <= 2 ? 4 : R <= 4 ? 2 : 1;
+    const int64_t row = padded(a);
+    F acc[U][R] = {};
     int64_t i = 0;
     for (; i + U * kStep <= a.inputs; i += U * kStep) {
         for (int u = 0; u < U; ++u) {
             const auto* at = w + i + u * kStep;
             // Ahead of the hardware prefetcher, which stops at every page.
-            __builtin_prefetch((const char*)at + 4096);
-            acc[u] = D::add(acc[u], D::load(at), x + i + u * kStep);
+            __builtin_prefetch((const char*)at + 4096, 0, 2);
+            const auto weights = D::load(at);
+            for (int r = 0; r < R; ++r) acc[u][r] = D::add(acc[u][r], weights, x + r * row + i + u * kStep);
         }
     }
     for (; i < a.inputs; i += kStep) {
         const auto weights = a.inputs - i >= kStep ? D::load(w + i) : D::load_part(w + i, a.inputs - i);
-        acc[0] = D::add(acc[0], weights, x + i);
+        for (int r = 0; r < R; ++r) acc[0][r] = D::add(acc[0][r], weights, x + r * row + i);
     }
-    return (acc[0] + acc[1]) + (acc[2] + acc[3]);
+    for (int r = 0; r < R; ++r) {
+        for (int u = 1; u < U; ++u) acc[0][r] += acc[u][r];
+        total[r * kWidth] = acc[0][r];
+    }
 }
 
-// One row of x: the weights are a single stream, and kWidth outputs are summed across lanes together.
-template <class S>
-void one_row(const Linear& a, const typename Dot<S>::P* x, typename S::T* out, int64_t n, int64_t end) {
-    const typename S::T* w = (const typename S::T*)a.weight;
+// Up to eight rows of x: the weights are a single stream, which memory delivers fastest, and kWidth outputs are
+// summed across lanes together.
+template <class S, int R>
+void stream(const Linear& a, const typename Dot<S>::P* x, int64_t n, int64_t end) {
+    typedef typename S::T T;
+    const T* w = (const T*)a.weight;
+    T* out = (T*)a.out;
     for (; n < end; n += kWidth) {
-        F total[kWidth] = {};
+        F total[R][kWidth] = {};
         const int64_t some = end - n < kWidth ? end - n : kWidth;
-        for (int64_t c = 0; c < some; ++c) total[c] = dot<S>(a, w + (n + c) * a.weight_row, x);
-        const F y = sums(total);
-        if (some == kWidth)
-            S::store(out + n, y);
-        else
-            store_some<S>(out + n, y, some);
+        for (int64_t c = 0; c < some; ++c) dots<S, R>(a, w + (n + c) * a.weight_row, x, &total[0][c]);
+        for (int r = 0; r < R; ++r) {
+            const F y = sums(total[r]);
+            if (some == kWidth)
+                S::store(out + r * a.out_token + n, y);
+            else
+                store_some<S>(out + r * a.out_token + n, y, some);
+        }
     }
 }
 
@@ -131,42 +143,42 @@ void rows(const Linear& a, const typename Dot<S>::P* x, typename S::T* out, int6
     for (; n < end; ++n) block<S, R, 1>(a, x, out, n, first);
 }
 
-// All rows of x, eight at a time, against groups of outputs that stay in the nearest cache meanwhile.
+// Calls f with 1 to 8 rows, as a constant.
+template <class Fn>
+ME_INLINE void with_rows(int64_t rows, Fn&& f) {
+    switch (rows) {
+        case 1:
+            return f(std::integral_constant<int, 1>{});
+        case 2:
+            return f(std::integral_constant<int, 2>{});
+        case 3:
+            return f(std::integral_constant<int, 3>{});
+        case 4:
+            return f(std::integral_constant<int, 4>{});
+        case 5:
+            return f(std::integral_constant<int, 5>{});
+        case 6:
+            return f(std::integral_constant<int, 6>{});
+        case 7:
+            return f(std::integral_constant<int, 7>{});
+        default:
+            return f(std::integral_constant<int, 8>{});
+    }
+}
+
+// With more rows products cost more than reading: eight rows at a time, against groups of outputs that stay in
+// the nearest cache meanwhile.
 template <class S>
 void range(const Linear& a, const void* packed, int64_t n, int64_t end) {
     typedef typename Dot<S>::P P;
-    typedef typename S::T T;
-    if (a.tokens == 1) return one_row<S>(a, (const P*)packed, (T*)a.out, n, end);
+    if (a.tokens <= 8)
+        return with_rows(a.tokens, [&](auto r) { stream<S, r()>(a, (const P*)packed, n, end); });
     for (int64_t group; n < end; n = group) {
         group = n + 16 < end ? n + 16 : end;
         for (int64_t t = 0; t < a.tokens; t += 8) {
             const P* x = (const P*)packed + t * padded(a);
-            T* out = (T*)a.out + t * a.out_token;
-            switch (a.tokens - t) {
-                case 1:
-                    rows<S, 1>(a, x, out, n, group, t == 0);
-                    break;
-                case 2:
-                    rows<S, 2>(a, x, out, n, group, t == 0);
-                    break;
-                case 3:
-                    rows<S, 3>(a, x, out, n, group, t == 0);
-                    break;
-                case 4:
-                    rows<S, 4>(a, x, out, n, group, t == 0);
-                    break;
-                case 5:
-                    rows<S, 5>(a, x, out, n, group, t == 0);
-                    break;
-                case 6:
-                    rows<S, 6>(a, x, out, n, group, t == 0);
-                    break;
-                case 7:
-                    rows<S, 7>(a, x, out, n, group, t == 0);
-                    break;
-                default:
-                    rows<S, 8>(a, x, out, n, group, t == 0);
-            }
+            typename S::T* out = (typename S::T*)a.out + t * a.out_token;
+            with_rows(a.tokens - t, [&](auto r) { rows<S, r()>(a, x, out, n, group, t == 0); });
         }
     }
 }
