@@ -71,7 +71,7 @@ def random_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) ->
         tensors[name] = arena[at : at + math.prod(shape)].view(shape)
         at += math.prod(shape)
         if len(shape) == 1:
-            tensors[name].fill_(1.0)
+            tensors[name].fill_(0.0 if name.endswith("bias") else 1.0)
     return Weights(tensors, spec)
 
 

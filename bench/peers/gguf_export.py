@@ -56,9 +56,21 @@ def export(folder: Path, dtype: str, path: Path) -> None:
     from memos_engine.decoder.weights import Weights
 
     spec = ModelSpec.from_folder(folder)
+    if (reason := _unfit(spec, load_json(folder / "config.json"))) is not None:
+        raise UnsupportedModelError(f"{folder.name} is not a plain Llama for llama.cpp here: {reason}.")
     weights = Weights.from_folder(folder, spec, getattr(torch, dtype))
     with _written(path) as unfinished:
         _write(unfinished, folder, spec, weights.tensors)
+
+
+def _unfit(spec: Any, config: dict[str, Any]) -> str | None:
+    """What this exporter would leave out of a model, or None: a file without it would compute nonsense."""
+    if config.get("model_type") != "llama":
+        return f"its model_type is {config.get('model_type')}"
+    if spec.biases or spec.activation != "silu":
+        return "it has biases" if spec.biases else f"its activation is {spec.activation}"
+    kinds = {rope.kind for rope in spec.ropes} - {"default", "linear", "llama3"}
+    return f"its RoPE is {', '.join(sorted(kinds))}" if kinds else None
 
 
 def text_is_exact(folder: Path) -> bool:

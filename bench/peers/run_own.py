@@ -193,7 +193,7 @@ def random_tensors(spec: ModelSpec, dtype: torch.dtype, device: str) -> Weights:
     for name, shape in shapes.items():
         part = flat[start : start + sizes[name]]
         if len(shape) == 1:
-            part.fill_(1.0)
+            part.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             part.normal_(0.0, 0.02, generator=generator)
         tensors[name] = part.view(shape)

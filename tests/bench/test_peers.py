@@ -14,7 +14,7 @@ from memos_engine.bench.peers import gguf_export, install, registry
 from memos_engine.bench.peers.process import PeerError, PeerProcess
 
 from memos_engine.config import ConfigError
-from memos_engine.errors import ModelFilesError
+from memos_engine.errors import ModelFilesError, UnsupportedModelError
 
 
 @pytest.fixture
@@ -294,6 +294,30 @@ def test_exported_weights_come_back(small_folder, tmp_path):
     assert before.keys() == after.keys()
     assert all((before[name] == after[name]).all() for name in before)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".tmp")] == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"attention_bias": True}, "biases"),
+        ({"hidden_act": "gelu"}, "activation|gelu"),
+        ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "qwen2|biases"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}},
+            "yarn",
+        ),
+    ],
+    ids=["biases", "activation", "family", "yarn"],
+)
+def test_what_an_export_would_leave_out_is_refused(small_folder, tmp_path, changed, reason):
+    folder = tmp_path / "model"
+    shutil.copytree(small_folder, folder)
+    config = json.loads((folder / "config.json").read_text()) | changed
+    config.pop("rope_parameters", None) if "rope_scaling" in changed else None
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises((UnsupportedModelError, ModelFilesError), match=reason):
+        gguf_export.export(folder, "float32", tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
 
 
 def test_exports_are_cached_and_follow_the_folder(small_folder, tmp_path, monkeypatch):
