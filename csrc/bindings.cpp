@@ -114,21 +114,40 @@ void py_silu_mul(Address gate, Address up, Address out, int dtype, Size tokens, 
 }
 
 int py_linear(Address x, Address weight, Address out, int dtype, Size tokens, Size inputs, Size outputs,
-              Size x_token, Size weight_row, Size out_token, int threads) {
-    const Linear args = {at<void>(x), at<void>(weight), at<void>(out), static_cast<DType>(dtype),
-                         tokens,      inputs,           outputs,       x_token,
-                         weight_row,  out_token};
+              Size x_token, Size weight_row, Size out_token, Address scale, int threads) {
+    const Linear args = {at<void>(x), at<void>(weight), at<void>(out),   static_cast<DType>(dtype),
+                         tokens,      inputs,           outputs,         x_token,
+                         weight_row,  out_token,        at<float>(scale)};
     return unlocked([&] { return linear(args, threads); });
 }
 
 // One layer's pointers in the order of StackLayer, then max_position, rotary_dim, window.
 StackLayer stack_layer(const std::vector<Address>& p, Size max_position, Size rotary_dim, Size window) {
-    return {at<void>(p.at(0)),  at<void>(p.at(1)),  at<void>(p.at(2)),
-            at<void>(p.at(3)),  at<void>(p.at(4)),  at<void>(p.at(5)),
-            at<void>(p.at(6)),  at<void>(p.at(7)),  at<void>(p.at(8)),
-            at<void>(p.at(9)),  at<void>(p.at(10)), at<void>(p.at(11)),
-            at<void>(p.at(12)), at<void>(p.at(13)), at<float>(p.at(14)),
-            max_position,       rotary_dim,         window};
+    return {at<void>(p.at(0)),
+            at<void>(p.at(1)),
+            at<void>(p.at(2)),
+            at<void>(p.at(3)),
+            at<void>(p.at(4)),
+            at<void>(p.at(5)),
+            at<void>(p.at(6)),
+            at<void>(p.at(7)),
+            at<void>(p.at(8)),
+            at<void>(p.at(9)),
+            at<void>(p.at(10)),
+            at<void>(p.at(11)),
+            at<void>(p.at(12)),
+            at<void>(p.at(13)),
+            at<float>(p.at(14)),
+            at<float>(p.at(15)),
+            at<float>(p.at(16)),
+            at<float>(p.at(17)),
+            at<float>(p.at(18)),
+            at<float>(p.at(19)),
+            at<float>(p.at(20)),
+            at<float>(p.at(21)),
+            max_position,
+            rotary_dim,
+            window};
 }
 
 int py_run_stack(const Stack& stack, Address hidden, Address out, Address rows, Address slot,

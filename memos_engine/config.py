@@ -32,7 +32,9 @@ class DecoderConfig:
     dtype: compute and page dtype; auto takes bfloat16 where the machine computes in it, else float32.
     page: tokens a KV page holds. pool_tokens: KV pool size in tokens (None: the model's window, at most
     4096). max_batch: most requests that run at once. prefill_chunk: most prompt rows of one forward;
-    prefill_beside: the same where other requests decode in it, and wait for it.
+    prefill_beside: the same where other requests decode in it, and wait for it. int8_decode: steps of up to 8
+    rows read weights rounded to 8 bits, beside the whole ones: faster on a CPU, for half the weights' memory
+    and a small loss (docs/benchmarks.md); elsewhere it changes nothing.
     """
 
     dtype: str = "auto"
@@ -41,6 +43,7 @@ class DecoderConfig:
     prefill_chunk: int = 1024
     prefill_beside: int = 256
     max_batch: int = 32
+    int8_decode: bool = False
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, f"dtype={self.dtype!r}: use one of {', '.join(DTYPES)}.")

@@ -1,9 +1,9 @@
 // Attention of a few rows (decode): lanes of a vector are channels, so that no lane idles.
 //
 // An item is up to 8 packed rows of up to 8 KV heads against up to 128 keys. Heads of a key are neighbours in
-// memory, so all of them are taken key by key: K and V are two streams in order, which memory delivers fastest.
-// Scores of all keys fit into scratch, so softmax is a plain one. `attention_merge` joins the key ranges of one
-// row by their maxima and sums.
+// memory, so all of them are taken key by key: K and V are two streams in order, which memory delivers
+// fastest. Scores of all keys fit into scratch, so softmax is a plain one. `attention_merge` joins the key
+// ranges of one row by their maxima and sums.
 #include <algorithm>
 
 #include "attention_rows.h"
@@ -12,13 +12,13 @@ namespace memos_engine {
 namespace ME_LEVEL {
 namespace {
 
-// Lines are asked for so many keys before they are needed, one by one between the products: a burst of requests
-// would wait for itself.
+// Lines are asked for so many keys before they are needed, one by one between the products: a burst of
+// requests would wait for itself.
 constexpr int64_t kAhead = 32;
 
 struct Work {
-    // K and V of the first head, by key. Behind the last key of K come the first ones of V, and behind those of V
-    // what will be read next.
+    // K and V of the first head, by key. Behind the last key of K come the first ones of V, and behind those
+    // of V what will be read next.
     const char *const *k, *const *v;
     int64_t heads;
     const float* q;            // [heads][rows][padded]
@@ -163,8 +163,8 @@ void run_rows(const Attention& a, const AttentionItem& whole, const Work& w) {
         for (int r = 0; r < R; ++r) {
             const int64_t pos = positions.position(whole.row + r);
             const int64_t from = a.window > 0 ? pos - a.window + 1 - whole.key : 0;
-            total[h * R + r] = softmax(w.scores + (h * R + r) * kDecodeKeys, w.n, from, pos + 1 - whole.key,
-                                       top[h * R + r]);
+            total[h * R + r] =
+                softmax(w.scores + (h * R + r) * kDecodeKeys, w.n, from, pos + 1 - whole.key, top[h * R + r]);
         }
     }
     accumulate<S, R>(a, w);
@@ -278,7 +278,7 @@ void attention_decode(const Attention& a, const AttentionItem& item, float* scra
         }
     }
     const float scale = a.sm_scale * kLog2E;
-    const Work w = {k,   v,      item.kv_heads,           q,       pairs ? narrow_q : nullptr,
+    const Work w = {k,      v,   item.kv_heads,           q,      pairs ? narrow_q : nullptr,
                     scores, out, item.key_end - item.key, padded, scale};
     locate_all(a, item, k, v);
     with_dtype(a.kv_dtype, [&](auto kv) {

@@ -55,7 +55,10 @@ bool supports_avx512() {
            all(saved_state(), 0xe6);
 }
 
-bool supports_avx512bf16() { return supports_avx512() && all(Leaf(7, 1).a, 1u << 5); }
+// Every machine with AVX512_BF16 has AVX512_VNNI as well; the level uses both.
+bool supports_avx512bf16() {
+    return supports_avx512() && all(Leaf(7, 1).a, 1u << 5) && all(Leaf(7, 0).c, 1u << 11);
+}
 
 // Linux lends the AMX tile registers only to a process that asked for them.
 bool supports_amx() {

@@ -1,7 +1,5 @@
 // x @ weight^T for few rows of x: reading the weights is the whole cost, so each is read once, in order, from
 // where it lies. With a few dozen rows the products count as well; on AMX tiles they are in linear_amx.cpp.
-#include <type_traits>
-
 #include "level.h"
 #include "simd.h"
 
@@ -12,6 +10,9 @@ bool linear_amx_fits(const Linear&);
 int64_t linear_amx_scratch(const Linear&);
 void linear_amx_pack(const Linear&, uint32_t*);
 void linear_amx(const Linear&, const void*, int64_t, int64_t);
+int64_t linear_int8_scratch(const Linear&);
+void linear_int8_pack(const Linear&, void*);
+void linear_int8(const Linear&, const void*, int64_t, int64_t);
 
 namespace {
 
@@ -82,8 +83,8 @@ ME_INLINE void dots(const Linear& a, const typename S::T* w, const typename Dot<
     }
 }
 
-// Up to eight rows of x: the weights are a single stream, which memory delivers fastest, and kWidth outputs are
-// summed across lanes together.
+// Up to eight rows of x: the weights are a single stream, which memory delivers fastest, and kWidth outputs
+// are summed across lanes together.
 template <class S, int R>
 void stream(const Linear& a, const typename Dot<S>::P* x, int64_t n, int64_t end) {
     typedef typename S::T T;
@@ -143,31 +144,8 @@ void rows(const Linear& a, const typename Dot<S>::P* x, typename S::T* out, int6
     for (; n < end; ++n) block<S, R, 1>(a, x, out, n, first);
 }
 
-// Calls f with 1 to 8 rows, as a constant.
-template <class Fn>
-ME_INLINE void with_rows(int64_t rows, Fn&& f) {
-    switch (rows) {
-        case 1:
-            return f(std::integral_constant<int, 1>{});
-        case 2:
-            return f(std::integral_constant<int, 2>{});
-        case 3:
-            return f(std::integral_constant<int, 3>{});
-        case 4:
-            return f(std::integral_constant<int, 4>{});
-        case 5:
-            return f(std::integral_constant<int, 5>{});
-        case 6:
-            return f(std::integral_constant<int, 6>{});
-        case 7:
-            return f(std::integral_constant<int, 7>{});
-        default:
-            return f(std::integral_constant<int, 8>{});
-    }
-}
-
-// With more rows products cost more than reading: eight rows at a time, against groups of outputs that stay in
-// the nearest cache meanwhile.
+// With more rows products cost more than reading: eight rows at a time, against groups of outputs that stay
+// in the nearest cache meanwhile.
 template <class S>
 void range(const Linear& a, const void* packed, int64_t n, int64_t end) {
     typedef typename Dot<S>::P P;
@@ -186,10 +164,12 @@ void range(const Linear& a, const void* packed, int64_t n, int64_t end) {
 }  // namespace
 
 int64_t linear_scratch(const Linear& a) {
+    if (a.scale) return linear_int8_scratch(a);
     return linear_amx_fits(a) ? linear_amx_scratch(a) : a.tokens * padded(a) * sizeof(float);
 }
 
 void linear_pack(const Linear& a, void* packed) {
+    if (a.scale) return linear_int8_pack(a, packed);
     if (linear_amx_fits(a)) return linear_amx_pack(a, (uint32_t*)packed);
     with_dtype(a.dtype, [&](auto s) {
         typedef Dot<decltype(s)> D;
@@ -201,6 +181,7 @@ void linear_pack(const Linear& a, void* packed) {
 }
 
 void linear(const Linear& a, const void* packed, int64_t output, int64_t output_end) {
+    if (a.scale) return linear_int8(a, packed, output, output_end);
     if (linear_amx_fits(a)) return linear_amx(a, packed, output, output_end);
     with_dtype(a.dtype, [&](auto s) { range<decltype(s)>(a, packed, output, output_end); });
 }

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "memos_engine/kernels.h"
 
@@ -212,6 +213,29 @@ ME_INLINE void with_dtype(DType dtype, Fn&& f) {
         case DType::f16:
             f(Float16{});
             break;
+    }
+}
+
+// Calls f with 1 to 8 rows, as a constant.
+template <class Fn>
+ME_INLINE void with_rows(int64_t rows, Fn&& f) {
+    switch (rows) {
+        case 1:
+            return f(std::integral_constant<int, 1>{});
+        case 2:
+            return f(std::integral_constant<int, 2>{});
+        case 3:
+            return f(std::integral_constant<int, 3>{});
+        case 4:
+            return f(std::integral_constant<int, 4>{});
+        case 5:
+            return f(std::integral_constant<int, 5>{});
+        case 6:
+            return f(std::integral_constant<int, 6>{});
+        case 7:
+            return f(std::integral_constant<int, 7>{});
+        default:
+            return f(std::integral_constant<int, 8>{});
     }
 }
 

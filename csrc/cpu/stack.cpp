@@ -63,7 +63,7 @@ class Forward {
         const int64_t q = s_.heads * s_.head_dim, kv = s_.kv_heads * s_.head_dim;
         const int64_t q_items = items(q), kv_items = items(kv);
         // The residual stream, normed and packed for the products of this thread.
-        const auto normed = [&](const void* weight, int64_t outputs) {
+        const auto normed = [&](const void* weight, const float* scale, int64_t outputs) {
             char* x = x_;
             if (c_.tokens <= kOwnRows) {
                 x = own_x_.claim(c_.tokens * s_.hidden * element_);
@@ -74,27 +74,30 @@ class Forward {
                     norm((char*)c_.hidden + at, weight, x_ + at, 1, s_.hidden);
                 });
             }
-            return pack(x, s_.hidden, outputs);
+            return pack(x, scale, s_.hidden, outputs);
         };
         for (size_t i = 0; i < s_.layers.size(); ++i) {
             const StackLayer& layer = s_.layers[i];
-            const char* x = normed(layer.input_norm, q);
+            const char* x = normed(layer.input_norm, layer.q_scale, q);
             stage(q_items + 2 * kv_items, [&](int64_t item) {
-                if (item < q_items) return product(x, layer.q, layer.q_bias, q_, s_.hidden, q, item);
+                if (item < q_items)
+                    return product(x, layer.q, layer.q_scale, layer.q_bias, q_, s_.hidden, q, item);
                 item -= q_items;
-                if (item < kv_items) return product(x, layer.k, layer.k_bias, k_, s_.hidden, kv, item);
-                product(x, layer.v, layer.v_bias, v_, s_.hidden, kv, item - kv_items);
+                if (item < kv_items)
+                    return product(x, layer.k, layer.k_scale, layer.k_bias, k_, s_.hidden, kv, item);
+                product(x, layer.v, layer.v_scale, layer.v_bias, v_, s_.hidden, kv, item - kv_items);
             });
             stage(c_.tokens, [&](int64_t token) { place(layer, (int64_t)i, token); });
             Planned& planned = plans_.at(layer.window);
             const Attention a = attention(layer, (int64_t)i);
             stage((int64_t)planned.plan.items.size(), [&](int64_t item) { attend(a, planned, item); });
-            x = pack(attended_, q, s_.hidden);
-            stage(items(s_.hidden), [&](int64_t item) { added(x, layer.o, q, item); });
-            x = normed(layer.post_norm, s_.inner);
+            x = pack(attended_, layer.o_scale, q, s_.hidden);
+            stage(items(s_.hidden), [&](int64_t item) { added(x, layer.o, layer.o_scale, q, item); });
+            x = normed(layer.post_norm, layer.gate_scale, s_.inner);
             stage(items(s_.inner), [&](int64_t item) { gated(x, layer, item); });
-            x = pack(act_, s_.inner, s_.hidden);
-            stage(items(s_.hidden), [&](int64_t item) { added(x, layer.down, s_.inner, item); });
+            x = pack(act_, layer.down_scale, s_.inner, s_.hidden);
+            stage(items(s_.hidden),
+                  [&](int64_t item) { added(x, layer.down, layer.down_scale, s_.inner, item); });
         }
         stage(c_.wanted, [&](int64_t row) {
             const int64_t token = c_.rows ? c_.rows[row] : row, size = s_.hidden * element_;
@@ -121,8 +124,9 @@ class Forward {
 
     int64_t items(int64_t outputs) const { return (outputs + kOutputs - 1) / kOutputs; }
 
-    Linear linear(const void* x, const void* weight, void* out, int64_t inputs, int64_t outputs) const {
-        return {x, weight, out, s_.dtype, c_.tokens, inputs, outputs, inputs, inputs, outputs};
+    Linear linear(const void* x, const void* weight, const float* scale, void* out, int64_t inputs,
+                  int64_t outputs) const {
+        return {x, weight, out, s_.dtype, c_.tokens, inputs, outputs, inputs, inputs, outputs, scale};
     }
 
     void norm(const void* x, const void* weight, void* out, int64_t tokens, int64_t width) const {
@@ -133,30 +137,30 @@ class Forward {
 
     // x in the form that products read, in memory of this thread's own: packing twice costs less than
     // waiting.
-    char* pack(const void* x, int64_t inputs, int64_t outputs) const {
-        const Linear args = linear(x, nullptr, nullptr, inputs, outputs);
+    char* pack(const void* x, const float* scale, int64_t inputs, int64_t outputs) const {
+        const Linear args = linear(x, nullptr, scale, nullptr, inputs, outputs);
         char* packed = packed_.claim(level_.linear_scratch(args));
         level_.linear_pack(args, packed);
         return packed;
     }
 
-    void product(const char* x, const void* weight, const void* bias, void* out, int64_t inputs,
-                 int64_t outputs, int64_t item) const {
+    void product(const char* x, const void* weight, const float* scale, const void* bias, void* out,
+                 int64_t inputs, int64_t outputs, int64_t item) const {
         const int64_t begin = item * kOutputs, end = std::min(outputs, begin + kOutputs);
-        level_.linear(linear(nullptr, weight, out, inputs, outputs), x, begin, end);
+        level_.linear(linear(nullptr, weight, scale, out, inputs, outputs), x, begin, end);
         if (bias) level_.add_rows({out, bias, s_.dtype, c_.tokens, outputs, 0}, begin, end);
     }
 
     // A product that goes into the residual stream.
-    void added(const char* x, const void* weight, int64_t inputs, int64_t item) const {
-        product(x, weight, nullptr, y_, inputs, s_.hidden, item);
+    void added(const char* x, const void* weight, const float* scale, int64_t inputs, int64_t item) const {
+        product(x, weight, scale, nullptr, y_, inputs, s_.hidden, item);
         const int64_t begin = item * kOutputs, end = std::min(s_.hidden, begin + kOutputs);
         level_.add_rows({c_.hidden, y_, s_.dtype, c_.tokens, s_.hidden, s_.hidden}, begin, end);
     }
 
     void gated(const char* x, const StackLayer& layer, int64_t item) const {
-        product(x, layer.gate, nullptr, gate_, s_.hidden, s_.inner, item);
-        product(x, layer.up, nullptr, up_, s_.hidden, s_.inner, item);
+        product(x, layer.gate, layer.gate_scale, nullptr, gate_, s_.hidden, s_.inner, item);
+        product(x, layer.up, layer.up_scale, nullptr, up_, s_.hidden, s_.inner, item);
         const int64_t begin = item * kOutputs, width = std::min(s_.inner, begin + kOutputs) - begin;
         const int64_t at = begin * element_;
         const SiluMul args = {gate_ + at, up_ + at, act_ + at, s_.dtype, c_.tokens,

@@ -43,7 +43,9 @@ class DecoderEngine:
         num_blocks = -(-tokens // page) + 1  # one more: the null block
         self.pool = BlockPool(num_blocks, page)
         cache = KVCache(spec, num_blocks, page, weights.dtype, weights.device)
-        self.runner = ModelRunner(PagedDecoder(spec, weights), cache, self.config.max_batch)
+        model = PagedDecoder(spec, weights)
+        model.int8 = self.config.int8_decode
+        self.runner = ModelRunner(model, cache, self.config.max_batch)
         self.batcher = Batcher(self.pool, spec.max_positions, self.config)
         self._samplers: dict[int, Sampler] = {}
         self._lock = threading.RLock()

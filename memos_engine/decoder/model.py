@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memos_engine.decoder import layers
+from memos_engine.decoder.int8 import Int8Weights
 from memos_engine.decoder.kvcache import KVCache
 from memos_engine.decoder.layers import KVCapture, StepInput
 from memos_engine.decoder.spec import ModelSpec
@@ -30,6 +31,7 @@ class PagedDecoder:
     tables: cosines and sines of each layer, None where it does not rotate. table_groups: slices of layers
     that share a table, which together are all layers: a record is spliced in as many calls.
     max_positions: positions that can occur, where they are fewer than the model's window (shorter tables).
+    int8: whether steps of a few rows read weights of eight bits, where the backend can (`decoder.int8`).
     """
 
     def __init__(self, spec: ModelSpec, weights: Weights, max_positions: int | None = None) -> None:
@@ -39,6 +41,7 @@ class PagedDecoder:
         made = [rope.table(spec.head_dim, length).to(weights.device) for rope in spec.ropes]
         self.tables = [None if layer.rope is None else made[layer.rope] for layer in spec.layers]
         self.table_groups = _groups([layer.rope for layer in spec.layers], self.tables)
+        self.int8 = False
         self.weights = weights
 
     @property
@@ -49,8 +52,9 @@ class PagedDecoder:
     def weights(self, weights: Weights) -> None:
         scale = torch.tensor(self.spec.embed_scale, dtype=weights.dtype)  # rounded, as transformers does
         self._weights, self._embed_scale = weights, float(scale)
-        self._stack: LayerStack | None = None
-        self._stack_cache: KVCache | None = None  # the one that `_stack` was asked for
+        self._stacks: dict[bool, LayerStack | None] = {}  # by whether its weights are int8
+        self._stack_cache: KVCache | None = None  # the one that they were asked for
+        self._int8: Int8Weights | None = None
 
     @torch.inference_mode()
     def forward(
@@ -65,8 +69,8 @@ class PagedDecoder:
         hidden = F.embedding(step.token_ids, self.weights.embed)
         if spec.embed_scale != 1.0:
             hidden *= self._embed_scale
-        stack = self._layer_stack(cache) if capture is None else None
-        if stack is not None and hidden.shape[0] <= stack.max_rows:
+        stack = self._layer_stack(cache, hidden.shape[0]) if capture is None else None
+        if stack is not None:
             return stack.run(
                 hidden,
                 step.slot_mapping,
@@ -98,28 +102,38 @@ class PagedDecoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[n, vocab] float32` of hidden states `[n, hidden]`."""
+        narrow = self._stacks.get(True)
+        if self.int8 and self._int8 is not None and narrow is not None and hidden.shape[0] <= narrow.max_rows:
+            head = self._int8.lm_head
+            return self.ops.linear(hidden, head.values, scale=head.scale).float()
         return self.ops.linear(hidden, self.weights.lm_head).float()
 
-    def _layer_stack(self, cache: KVCache) -> LayerStack | None:
+    def _layer_stack(self, cache: KVCache, rows: int) -> LayerStack | None:
         """The backend's one call for all layers, made once for these weights and this cache; None where the
-        backend has none or it does not do this family."""
+        backend has none, it does not do this family, or so many rows are not for it."""
         if self._stack_cache is not cache:
             self._stack_cache = cache
-            self._stack = self._new_stack(cache) if _fits_stack(self.spec) else None
-        return self._stack
+            self._stacks = {}
+        for int8 in (True, False) if self.int8 else (False,):
+            if int8 not in self._stacks:
+                self._stacks[int8] = self._new_stack(cache, int8) if _fits_stack(self.spec) else None
+            stack = self._stacks[int8]
+            if stack is not None and rows <= stack.max_rows:
+                return stack
+        return None
 
-    def _new_stack(self, cache: KVCache) -> LayerStack | None:
+    def _new_stack(self, cache: KVCache, int8: bool) -> LayerStack | None:
         make = layer_stack_of(self.ops)
         if make is None:
             return None
-        parts = [
-            StackLayer(
-                **{name: getattr(weights, name) for name in _STACK_WEIGHTS},
-                cos_sin=table,
-                window=layer.window,
-            )
-            for weights, table, layer in zip(self.weights.layers, self.tables, self.spec.layers, strict=True)
-        ]
+        if int8 and self._int8 is None:
+            self._int8 = Int8Weights(self.weights)
+        parts = []
+        for i, weights in enumerate(self.weights.layers):
+            fields = {name: getattr(weights, name) for name in _STACK_WEIGHTS}
+            if int8 and self._int8 is not None:
+                fields |= self._int8.layers[i]
+            parts.append(StackLayer(**fields, cos_sin=self.tables[i], window=self.spec.layers[i].window))
         return make(parts, self.weights.norm, self.spec.rms_eps, self.spec.sm_scale, cache.k, cache.v)
 
 

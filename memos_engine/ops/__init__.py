@@ -154,8 +154,11 @@ def silu_mul(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
     return backend_for(gate.device).silu_mul(gate, up, out)
 
 
-def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """`x [tokens, k] @ weight[n, k]^T`. Few rows take a kernel that reads the weights once."""
+def linear(x: Tensor, weight: Tensor, out: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """`x [tokens, k] @ weight[n, k]^T`. Few rows take a kernel that reads the weights once.
+
+    With scale `[n] float32` weight is int8, and `out[:, n]` is the product times `scale[n]`.
+    """
     if _checks:
-        contracts.linear(x, weight, out)
-    return backend_for(x.device).linear(x, weight, out)
+        contracts.linear(x, weight, out, scale)
+    return backend_for(x.device).linear(x, weight, out, scale)

@@ -87,7 +87,9 @@ class Backend(Protocol):
 
     def silu_mul(self, gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor: ...
 
-    def linear(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor: ...
+    def linear(
+        self, x: Tensor, weight: Tensor, out: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor: ...
 
 
 def backend_for(device: torch.device | str) -> Backend:

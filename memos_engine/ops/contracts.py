@@ -106,18 +106,23 @@ def silu_mul(gate: Tensor, up: Tensor, out: Tensor | None) -> None:
     _devices(gate, up, out)
 
 
-def linear(x: Tensor, weight: Tensor, out: Tensor | None) -> None:
+def linear(x: Tensor, weight: Tensor, out: Tensor | None, scale: Tensor | None = None) -> None:
     _floats("x", x, 2)
-    _floats("weight", weight, 2)
+    if scale is None:
+        _floats("weight", weight, 2)
+    elif weight.dtype != torch.int8 or weight.dim() != 2 or not weight.is_contiguous():
+        _fail(f"weight with a scale must be contiguous int8 [n, k], not {weight.dtype} {list(weight.shape)}")
+    elif scale.dtype != torch.float32 or scale.shape != weight.shape[:1] or not scale.is_contiguous():
+        _fail(f"scale must be float32 [{weight.shape[0]}], not {scale.dtype} {list(scale.shape)}")
     if x.shape[1] != weight.shape[1]:
         _fail(f"x has {x.shape[1]} columns but weight has {weight.shape[1]}")
-    if x.dtype != weight.dtype:
+    if scale is None and x.dtype != weight.dtype:
         _fail(f"x is {x.dtype} but weight is {weight.dtype}; give both one dtype")
     if out is not None:
         _floats("out", out, 2)
         if out.shape != (x.shape[0], weight.shape[0]) or out.dtype != x.dtype:
             _fail(f"out must be {x.dtype} {[x.shape[0], weight.shape[0]]}, not {out.dtype} {list(out.shape)}")
-    _devices(x, weight, out)
+    _devices(x, weight, out, scale)
 
 
 def _fail(message: str) -> NoReturn:

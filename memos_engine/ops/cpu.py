@@ -267,8 +267,14 @@ def silu_mul(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, out: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     rows, inputs = x.shape
+    if scale is not None:
+        return (
+            native_linear(x, weight, out, scale)
+            if x.dtype in DTYPES
+            else reference.linear(x, weight, out, scale)
+        )
     tiles = _amx and x.dtype == torch.bfloat16 and inputs % 32 == 0 and weight.shape[0] % 16 == 0
     pairs = _pairs and x.dtype == torch.bfloat16 and 0 < rows <= _PAIR_ROWS
     if pairs or rows in _NATIVE_ROWS.get(x.dtype, ()) or (tiles and 0 < rows <= _AMX_ROWS):
@@ -276,7 +282,9 @@ def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     return reference.linear(x, weight, out)
 
 
-def native_linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+def native_linear(
+    x: Tensor, weight: Tensor, out: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
     """The native kernel whether it wins or not."""
     if out is None:
         out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
@@ -290,6 +298,7 @@ def native_linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tenso
         x.stride(0),
         weight.stride(0),
         out.stride(0),
+        0 if scale is None else scale.data_ptr(),
         get_num_threads(),
     )
     check_status(status)

@@ -13,7 +13,9 @@ from memos_engine.ops.stack import LayerStack, StackLayer
 # Rows up to which one call was faster than torch's products for each op (docs/benchmarks.md).
 _MAX_ROWS = {torch.bfloat16: 64, torch.float32: 8, torch.float16: 8}
 _WEIGHTS = ("input_norm", "q", "k", "v", "o", "post_norm", "gate", "up", "down")
-_PARTS = (*_WEIGHTS, "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "cos_sin")
+_SCALES = ("q_scale", "k_scale", "v_scale", "o_scale", "gate_scale", "up_scale", "down_scale")
+_PARTS = (*_WEIGHTS, "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "cos_sin", *_SCALES)
+_INT8_ROWS = 8  # with more, widening the weights costs more than reading them whole
 
 
 class CpuStack:
@@ -30,11 +32,11 @@ class CpuStack:
     ) -> None:
         first = layers[0]
         dim = k_pages.shape[-1]
-        self.max_rows = _MAX_ROWS[first.q.dtype]
+        self.max_rows = _MAX_ROWS[k_pages.dtype] if first.q_scale is None else _INT8_ROWS
         self._kept = (layers, final_norm, k_pages, v_pages)  # what the pointers lead to
         self._stack = native.Stack(
             final_norm.data_ptr(),
-            DTYPES[first.q.dtype],
+            DTYPES[k_pages.dtype],
             DTYPES[final_norm.dtype],
             first.q.shape[1],
             first.gate.shape[0],
@@ -95,8 +97,8 @@ def layer_stack(
 ) -> LayerStack | None:
     """A plan over these weights and pages `[layers, blocks, page, kv_heads, head_dim]`; None where the native
     code does not take their dtypes, shapes or layout."""
-    dtype, norm_dtype = layers[0].q.dtype, final_norm.dtype
-    if dtype not in DTYPES or norm_dtype not in DTYPES or k_pages.dtype != dtype or v_pages.dtype != dtype:
+    dtype, norm_dtype = k_pages.dtype, final_norm.dtype
+    if dtype not in DTYPES or norm_dtype not in DTYPES or v_pages.dtype != dtype:
         return None
     hidden, heads = layers[0].q.shape[1], k_pages.shape[-2:]
     for layer in layers:
@@ -106,11 +108,17 @@ def layer_stack(
         projections = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
         norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
         biases = (layer.q_bias, layer.k_bias, layer.v_bias)
-        if any(part is not None and part.dtype != dtype for part in (*projections, *biases)):
+        scales = [getattr(layer, name) for name in _SCALES]
+        narrow = all(scale is not None and scale.dtype == torch.float32 for scale in scales)
+        if not narrow and any(scale is not None for scale in scales):
+            return None
+        if any(part.dtype != (torch.int8 if narrow else dtype) for part in projections):
+            return None
+        if any(part is not None and part.dtype != dtype for part in biases):
             return None
         if any(part is not None and part.dtype != norm_dtype for part in norms):
             return None
-        if isa() == "amx" and any(part.shape[0] % 16 for part in projections):
+        if isa() == "amx" and not narrow and any(part.shape[0] % 16 for part in projections):
             return None  # q, k and v share one packed x: all of them or none on tiles
         if layer.k.shape[0] != heads.numel() or layer.q.shape != (layer.o.shape[1], hidden):
             return None

@@ -160,8 +160,11 @@ def silu_mul(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
     return _store(wide * torch.sigmoid(wide) * _upcast(up), gate, out)
 
 
-def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """`x [tokens, k] @ weight[n, k]^T`, by torch's own matrix product."""
+def linear(x: Tensor, weight: Tensor, out: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """`x [tokens, k] @ weight[n, k]^T`, by torch's own matrix product; int8 weights take their scale."""
+    if scale is not None:
+        wide = torch.nn.functional.linear(_upcast(x), weight.to(_upcast(x).dtype)) * scale
+        return _store(wide, x, out)
     if out is None:
         return torch.nn.functional.linear(x, weight)
     return out.copy_(torch.nn.functional.linear(x, weight))

@@ -14,7 +14,8 @@ from torch import Tensor
 @dataclass(frozen=True)
 class StackLayer:
     """One plain pre-norm layer with SwiGLU. Projections `[out, in]`, norms `[hidden]`, norms of q and k and
-    biases `[out]` or None. cos_sin: see `append_kv`, None for a layer without RoPE. window: 0 for none."""
+    biases `[out]` or None. cos_sin: see `append_kv`, None for a layer without RoPE. window: 0 for none.
+    Scales `[out] float32`: all projections are int8 (`ops.linear`), or None."""
 
     input_norm: Tensor
     q: Tensor
@@ -31,6 +32,13 @@ class StackLayer:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     cos_sin: Tensor | None = None
+    q_scale: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    o_scale: Tensor | None = None
+    gate_scale: Tensor | None = None
+    up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
     window: int = 0
 
 

@@ -188,8 +188,8 @@ def test_the_native_stack_agrees_with_the_ops(tiny_model, paged_batch, random_id
         new = [random_ids(n, seed=n) for n in lengths]
         for got, wanted in zip(stacked.forward(new), plain.forward(new), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-    assert stacked.decoder._stack is not None
-    assert plain.decoder._stack is None
+    assert stacked.decoder._stacks[False] is not None
+    assert plain.decoder._stacks[False] is None
 
 
 def test_the_reference_has_no_stack():

@@ -96,6 +96,34 @@ def test_linear(backend, assert_close, dtype, tokens, outputs, inputs):
         assert_close(backend.native_linear(x, weight), plain, exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 9, 19])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (7, 37), (33, 576), (130, 1536)])
+def test_linear_of_int8_weights(backend, assert_close, dtype, tokens, outputs, inputs):
+    x = random(tokens, inputs, dtype=dtype)
+    weight = random(outputs, inputs, dtype=torch.float32, seed=1).mul(40).clamp(-127, 127).to(torch.int8)
+    scale = random(outputs, 1, dtype=torch.float32, seed=2)[:, 0].abs() / 40
+    exact = functional.linear(x.double(), weight.double() * scale.double()[:, None])
+    plain = functional.linear(x, (weight * scale[:, None]).to(dtype))
+    assert_close(backend.linear(x, weight, scale=scale), plain, exact)
+    wide = torch.full((tokens, outputs + 9), 7.0, dtype=dtype)
+    backend.linear(x, weight, wide[:, 4 : 4 + outputs], scale)
+    assert torch.equal(wide[:, 4 : 4 + outputs], backend.linear(x, weight, scale=scale))
+    assert (wide[:, :4] == 7).all()
+    assert (wide[:, 4 + outputs :] == 7).all()
+
+
+def test_linear_of_int8_weights_keeps_nan(backend):
+    weight, scale = torch.ones(3, 70, dtype=torch.int8), torch.ones(3)
+    for odd in (float("nan"), float("inf")):
+        x = torch.ones(2, 70)
+        x[1, 69] = odd
+        out = backend.linear(x, weight, scale=scale)
+        assert torch.isfinite(out[0]).all()
+        assert not torch.isfinite(out[1]).any()
+    assert not backend.linear(torch.zeros(1, 70), weight, scale=scale).any()
+
+
 def test_linear_layouts(backend):
     x, weight = random(4, 40, dtype=torch.float32), random(50, 40, dtype=torch.float32, seed=1)
     wanted = backend.linear(x, weight)

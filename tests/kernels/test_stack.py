@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from memos_engine.decoder.int8 import PROJECTIONS, rounded
 from memos_engine.errors import KernelContractError
 from memos_engine.ops import reference, rope_table
 from memos_engine.ops.stack import StackLayer
@@ -162,6 +165,33 @@ def test_the_stack_equals_its_ops(shape, dtype):
         for found, plainly, exact in ((k_pages, k_plain, k_true), (v_pages, v_plain, v_true)):
             at = [t.flatten(1, 2)[:, slots] for t in (found, plainly, exact)]
             assert error(at[0], at[2]) <= 2 * error(at[1], at[2]) + floor
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_weights_equal_their_products_with_the_scales(shape):
+    fields = dict(SHAPES[shape])
+    whole, final = make_layers(2, dtype=torch.float32, **fields)
+    made = [{name: rounded(getattr(layer, name)) for name in PROJECTIONS} for layer in whole]
+    narrow, wide = (
+        [
+            replace(layer, **{name: part(weight) for name, weight in m.items()}, **more(m))
+            for layer, m in zip(whole, made, strict=True)
+        ]
+        for part, more in (
+            (lambda w: w.values, lambda m: {f"{name}_scale": w.scale for name, w in m.items()}),
+            (lambda w: w.values.double() * w.scale.double()[:, None], lambda m: {}),
+        )
+    )
+    kv_heads, dim, scale = fields["kv_heads"], fields["dim"], fields["dim"] ** -0.5
+    for number, lengths in enumerate([[(0, 1)], [(300, 1)], [(15, 1), (16, 1), (40, 3)], [(5, 8)]]):
+        step, used = make_step(lengths, seed=number)
+        pages = make_pages(2, kv_heads, dim, torch.float32, used)
+        stack = cpu_stack.layer_stack(narrow, final, 1e-5, scale, *pages)
+        assert stack.max_rows == 8
+        hidden = torch.randn(len(step[0]), fields["hidden"], generator=torch.Generator().manual_seed(number))
+        truth, *_ = by_ops(wide, final, 1e-5, scale, *pages, hidden, step, None, wide=True)
+        ours = stack.run(hidden.clone(), *step[:2], step[2], step[3], step[4])
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
 
 
 def test_a_batch_of_one_row_requests_gives_each_its_own_bits():

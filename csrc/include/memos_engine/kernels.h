@@ -82,13 +82,15 @@ struct SiluMul {
     int64_t tokens, width, gate_token, up_token, out_token;
 };
 
-// out[t, n] = sum over i of x[t, i] * weight[n, i].
+// out[t, n] = sum over i of x[t, i] * weight[n, i]; with `scale` [outputs], weight is int8 and the sum is
+// multiplied by scale[n].
 struct Linear {
     const void* x;
     const void* weight;
     void* out;
     DType dtype;
     int64_t tokens, inputs, outputs, x_token, weight_row, out_token;
+    const float* scale = nullptr;
 };
 
 Status paged_attention(const Attention& args, int threads);

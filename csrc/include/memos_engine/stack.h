@@ -15,6 +15,8 @@ struct StackLayer {
     const void *input_norm, *q, *k, *v, *o, *post_norm, *gate, *up, *down;
     const void *q_bias, *k_bias, *v_bias, *q_norm, *k_norm;
     const float* cos_sin;  // [max_position, rotary_dim]; null: no rotation
+    // [outputs]: the projection is int8 (Linear); null: of the stack's dtype.
+    const float *q_scale, *k_scale, *v_scale, *o_scale, *gate_scale, *up_scale, *down_scale;
     int64_t max_position, rotary_dim, window;
 };
 
