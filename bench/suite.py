@@ -28,6 +28,7 @@ BENCHES: dict[str, str] = {
     "load": "load",
     "paper-table5": "paper_table5",
     "memory": "memory",
+    "int8": "int8",
     "quality": "quality",
 }
 

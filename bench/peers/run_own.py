@@ -82,9 +82,13 @@ class Worker:
         (out,) = self.engine.generate([TextSpan(tuple(ids))], _ONCE)
         return {"ms": now_ms() - begun, "token": out.token}
 
-    def decode(self, context: list[int], batch: int, steps: int) -> dict[str, Any]:
-        """`batch` requests side by side: the time of each step that gives all of them a token."""
+    def decode(self, context: list[int], batch: int, steps: int, int8: bool = False) -> dict[str, Any]:
+        """`batch` requests side by side: the time of each step that gives all of them a token.
+
+        int8: with weights rounded to eight bits (`DecoderConfig.int8_decode`).
+        """
         engine = self.engine
+        engine.runner.model.int8 = int8
         ahead = batch * len(context) // engine.config.prefill_beside + 2  # steps until all prompts are done
         params = SamplingParams(max_new_tokens=ahead + steps)
         engine.forget_prefixes()
@@ -99,6 +103,7 @@ class Worker:
             times.append(now_ms() - before)
         for request in requests:
             engine.abort(request)
+        engine.runner.model.int8 = False
         return {"step_ms": times}
 
     def traffic(

@@ -47,6 +47,11 @@ BENCHES = {
         "Peak memory",
         "What a process takes that remembers, prefills, stores, splices and answers, in MB.",
     ),
+    "int8": (
+        "Weights of eight bits",
+        "What rounding the weights that decoding reads costs: the likelihood of real text, token by token, "
+        "and how far the distributions lie from those of whole weights.",
+    ),
     "compare": (
         "Comparison of two results",
         "Row by row: the later run over the earlier. A verdict is given only where the whole 95 % interval "

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from memos_engine.bench import forced, quality, splicing, xquad
+from memos_engine.bench import forced, int8, quality, splicing, xquad
 from memos_engine.bench.document import read_result, result_path
 from memos_engine.bench.options import Options
 
@@ -375,3 +375,13 @@ def test_a_span_of_text_alone_is_a_plan(make_case):
     case = make_case()
     plan = forced.Plan((TextSpan(case.query),))
     assert outcome(case, plan).kl[0] > 0
+
+
+def test_the_cost_of_int8_weights(tiny_folder, data):
+    document = int8.run(Options(model=str(tiny_folder), dtype="float32", data=data, n=3))
+    whole, narrow = document["rows"]
+    assert (whole["weights"], narrow["weights"]) == ("whole", "int8")
+    assert whole["n"] == narrow["n"] == 3
+    assert 0 <= narrow["kl_mean"] < 0.1
+    assert narrow["nll"] - whole["nll"] == pytest.approx(narrow["nll_more"], abs=1e-4)
+    assert narrow["nll_more_low"] <= narrow["nll_more"] <= narrow["nll_more_high"]
