@@ -28,6 +28,7 @@ BENCHES: dict[str, str] = {
     "load": "load",
     "paper-table5": "paper_table5",
     "memory": "memory",
+    "attach": "attach",
     "int8": "int8",
     "quality": "quality",
 }

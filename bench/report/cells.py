@@ -62,6 +62,8 @@ TITLES = {
     "share_of_limit": "share of limit",
     "same_first_token": "same first token",
     "kl_mean": "KL mean",
+    "call_ms_p50": "ms a call, P50",
+    "call_ms_p95": "ms a call, P95",
     "nll": "nats a token",
     "nll_more": "nats more than whole",
     "nll_more_low": "low end",

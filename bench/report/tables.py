@@ -42,6 +42,7 @@ ORDER = {
     "paper-table5": "model context query build_ms direct_ms ours_ms reduction break_even paper_build_s "
     "paper_kv_s paper_direct_s paper_reduction",
     "memory": "system dtype peak_mb model_mb pool_mb overhead_mb overhead_full_pool_mb spliced_tokens",
+    "attach": "system mode dtype context call_ms_p50 call_ms_p95 n",
     "int8": "weights dtype nll nll_more nll_more_low nll_more_high kl_mean top1 n",
     "compare": "row metric better a b ratio low high verdict why",
 }

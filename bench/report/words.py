@@ -47,6 +47,11 @@ BENCHES = {
         "Peak memory",
         "What a process takes that remembers, prefills, stores, splices and answers, in MB.",
     ),
+    "attach": (
+        "Attached models",
+        "A whole generate() call of a Hugging Face model: attached over an empty store, without a store, "
+        "on the engine alone, and by transformers itself, in turn on the same weights.",
+    ),
     "int8": (
         "Weights of eight bits",
         "What rounding the weights that decoding reads costs: the likelihood of real text, token by token, "

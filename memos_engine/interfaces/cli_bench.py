@@ -179,6 +179,7 @@ for _bench, _summary in {
     "load": "Closed and open (Poisson) traffic: TTFT and inter-token percentiles, goodput.",
     "paper-table5": "Table 5 of the MemOS paper on this machine, its own cells beside ours.",
     "memory": "Peak memory of a process that remembers, prefills, splices and answers.",
+    "attach": "What attach() costs a generate() call: an empty store, no store, the engine, transformers.",
     "int8": "What decoding with weights of eight bits costs in quality.",
     "all": "Everything above, into one folder with one report.",
 }.items():

@@ -7,7 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from memos_engine.bench import decode, kernels, load, paper_table5, report, roofline, suite, systems, ttft
+from memos_engine.bench import (
+    attach,
+    decode,
+    kernels,
+    load,
+    paper_table5,
+    report,
+    roofline,
+    suite,
+    systems,
+    ttft,
+)
 from memos_engine.bench.document import Document
 from memos_engine.bench.limits import Ceilings, Limits
 from memos_engine.bench.options import Options
@@ -225,6 +236,14 @@ def test_a_peer_that_hangs_is_ended(tiny_folder, broken_peer, monkeypatch):
     (row,) = [r for r in document["rows"] if r["system"] == "transformers"]
     assert row["status"] == "timeout"
     assert "3 s" in row["reason"]
+
+
+def test_attach_is_measured_beside_what_it_wraps(tiny_folder):
+    document = attach.run(tiny(tiny_folder))
+    modes = [row["mode"] for row in document["rows"]]
+    assert modes == [attach.EMPTY, attach.PLAIN, attach.ENGINE, attach.OWN]
+    assert all(row["call_ms_p50"] > 0 for row in document["rows"])
+    assert len(document["ratios"]) == 3
 
 
 def test_a_peer_that_raises_is_a_failed_row(tiny_folder, broken_peer):
