@@ -60,11 +60,12 @@ def _existing(store: Path) -> Path:
     return store
 
 
-def _engine(model: str, store: Path | None, dtype: str = "auto", **memory: Any) -> Any:
+def _engine(model: str, store: Path | None, dtype: str = "auto", int8: bool = False, **memory: Any) -> Any:
     from memos_engine.api import MemoryEngine
     from memos_engine.config import DecoderConfig, MemoryConfig
 
-    return MemoryEngine.open(model, store, decoder=DecoderConfig(dtype=dtype), memory=MemoryConfig(**memory))
+    decoder = DecoderConfig(dtype=dtype, int8_decode=int8)
+    return MemoryEngine.open(model, store, decoder=decoder, memory=MemoryConfig(**memory))
 
 
 # -- memories ------------------------------------------------------------------------------------
@@ -202,13 +203,16 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
     seed: Annotated[int | None, typer.Option()] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Decode faster on a CPU, weights rounded to 8 bits.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Talk to the model; it answers from your memories. With --json, one line of JSON per answer."""
     from memos_engine.config import SamplingParams
 
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    with _engine(model, store, dtype, form=form, max_memories=memories) as engine:
+    with _engine(model, store, dtype, int8, form=form, max_memories=memories) as engine:
         with notes.status("getting ready"):
             person = engine.ready().user(_user(user))
         if question is not None:

@@ -79,7 +79,7 @@ def test_chat_answers_and_explains():
     assert reply["plan"][0]["form"] == "text"
     again = data("chat", "What is my dog called?", "--max-new-tokens", 4, "--dtype", "float32")
     assert again["plan"][0]["form"] == "kv"
-    assert "first token" in run("chat", "Hello", "--max-new-tokens", 3).output
+    assert "first token" in run("chat", "Hello", "--max-new-tokens", 3, "--int8").output
 
 
 def test_a_conversation_over_standard_input():
