@@ -1,0 +1,80 @@
+"""Context-averaged keys and values: what a span's KV is whoever stands to its left.
+
+About two thirds of what neighbours do to a span's KV is the same for any neighbours, so that the mean over a
+few left contexts comes nearer to the KV in a new place than that of any one context. The spread that is left
+says which tokens depend most on their neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memos_engine.decoder.engine import DecoderEngine
+
+
+@dataclass(frozen=True)
+class AveragedKV:
+    """k (before RoPE), v `[layers, tokens, kv_heads, head_dim]` in the model's dtype: means over contexts.
+
+    sigma_v `[layers, tokens, kv_heads] float32`: root mean square distance of V from its mean. rank
+    `[tokens] float32`: variance of K and V relative to their size, summed over layers and heads; the largest
+    are those to compute again where nothing is known of the query.
+    """
+
+    k: Tensor
+    v: Tensor
+    sigma_v: Tensor
+    rank: Tensor
+
+
+def encode_averaged(
+    engine: DecoderEngine, anchor: Sequence[int], span: Sequence[int], contexts: Sequence[Sequence[int]]
+) -> AveragedKV:
+    """Encodes `span` behind the anchor and each of the contexts (token ids), and averages.
+
+    Sums are float64, so that the order of the contexts changes nothing. Raises ValueError without a context,
+    ContextLengthError where one does not fit the model's window.
+    """
+    if not contexts:
+        raise ValueError("an average needs at least one left context")
+    k_sum, v_sum = _Sums(), _Sums()
+    dtype = engine.runner.cache.k.dtype
+    for context in contexts:
+        k, v = engine.encode_span((*anchor, *context), span)
+        k_sum.add(k)
+        v_sum.add(v)
+    relative = [sums.spread / sums.size.clamp_min(1e-30) for sums in (k_sum, v_sum)]
+    rank = (relative[0] + relative[1]).sum(dim=(0, 2))
+    return AveragedKV(k_sum.mean.to(dtype), v_sum.mean.to(dtype), v_sum.spread.sqrt().float(), rank.float())
+
+
+class _Sums:
+    """Mean and spread of tensors `[layers, tokens, kv_heads, head_dim]`, one after the other."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = self.squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, value: Tensor) -> None:
+        wide = value.double()
+        self.count += 1
+        self.total = self.total + wide
+        self.squares = self.squares + wide.square().sum(-1)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / self.count
+
+    @property
+    def size(self) -> Tensor:
+        """Squared length of the mean, `[layers, tokens, kv_heads]`."""
+        return self.mean.square().sum(-1)
+
+    @property
+    def spread(self) -> Tensor:
+        """Mean squared distance from the mean, `[layers, tokens, kv_heads]`."""
+        return (self.squares / self.count - self.size).clamp_min(0)
