@@ -33,8 +33,8 @@ class DecoderConfig:
     page: tokens a KV page holds. pool_tokens: KV pool size in tokens (None: the model's window, at most
     4096). max_batch: most requests that run at once. prefill_chunk: most prompt rows of one forward;
     prefill_beside: the same where other requests decode in it, and wait for it. int8_decode: steps of up to 8
-    rows read weights rounded to 8 bits, beside the whole ones: faster on a CPU, for half the weights' memory
-    and a small loss (docs/benchmarks.md); elsewhere it changes nothing.
+    rows, and the output head, read weights rounded to 8 bits, beside the whole ones: faster on a CPU, for
+    half the weights' memory and a small loss (docs/benchmarks.md); elsewhere it changes nothing.
     """
 
     dtype: str = "auto"

@@ -116,15 +116,17 @@ ME_INLINE void accumulate_channels(const Attention& a, const Work& w, int64_t h,
 template <class S, int R>
 void accumulate(const Attention& a, const Work& w) {
     constexpr int C = kWidth == 16 ? (R <= 4 ? 4 : 2) : (R <= 4 ? 2 : 1);
-    for (int64_t j = 0; j < w.n; j += kAhead) {
-        const int64_t end = j + kAhead < w.n ? j + kAhead : w.n;
+    int64_t j = 0, end = 0;
+    do {  // once even without keys, so that `out` is zeros then
+        end = j + kAhead < w.n ? j + kAhead : w.n;
         for (int64_t h = 0; h < w.heads; ++h) {
             int64_t d = 0;
             for (; d + C * kWidth <= w.padded; d += C * kWidth)
                 accumulate_channels<S, R, C>(a, w, h, d, j, end);
             for (; d < w.padded; d += kWidth) accumulate_channels<S, R, 1>(a, w, h, d, j, end);
         }
-    }
+        j = end;
+    } while (j < w.n);
 }
 
 // Masks, exponentiates and sums one row's scores; keys that the row does not see get weight 0.
@@ -191,24 +193,7 @@ void run_rows(const Attention& a, const AttentionItem& whole, const Work& w) {
 
 template <class S>
 void run(const Attention& a, const AttentionItem& item, const Work& w) {
-    switch (item.rows) {
-        case 1:
-            return run_rows<S, 1>(a, item, w);
-        case 2:
-            return run_rows<S, 2>(a, item, w);
-        case 3:
-            return run_rows<S, 3>(a, item, w);
-        case 4:
-            return run_rows<S, 4>(a, item, w);
-        case 5:
-            return run_rows<S, 5>(a, item, w);
-        case 6:
-            return run_rows<S, 6>(a, item, w);
-        case 7:
-            return run_rows<S, 7>(a, item, w);
-        default:
-            return run_rows<S, 8>(a, item, w);
-    }
+    with_rows(item.rows, [&](auto r) { run_rows<S, r()>(a, item, w); });
 }
 
 // Head sizes that are no multiple of the vector width, head by head: widened, zero-padded copies stand in for

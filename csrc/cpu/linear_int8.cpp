@@ -2,8 +2,8 @@
 //
 // Weights are widened to floats as they come; where there are integer dot products, x of 16 bits is rounded
 // to 16 bits of its row's largest value instead (bfloat16 holds fewer) and cut into two unsigned bytes: 256 *
-// high + low - 32768. Two products of bytes and the sum of the weights then give the whole sum, exact,
-// whatever runs beside the row.
+// high + low - 32768. Two products of bytes and the sum of the weights then give the sum in whole
+// numbers, the same bits whatever runs beside the row.
 #include "level.h"
 #include "simd.h"
 

@@ -32,24 +32,31 @@ class AveragedKV:
 
 
 def encode_averaged(
-    engine: DecoderEngine, anchor: Sequence[int], span: Sequence[int], contexts: Sequence[Sequence[int]]
-) -> AveragedKV:
-    """Encodes `span` behind the anchor and each of the contexts (token ids), and averages.
+    engine: DecoderEngine,
+    anchor: Sequence[int],
+    spans: Sequence[Sequence[int]],
+    contexts: Sequence[Sequence[int]],
+) -> list[AveragedKV]:
+    """Encodes each span behind the anchor and each of the contexts (token ids), and averages.
 
-    Sums are float64, so that the order of the contexts changes nothing. Raises ValueError without a context,
-    ContextLengthError where one does not fit the model's window.
+    A context is computed once for all spans. Raises ValueError without a context, ContextLengthError where
+    one does not fit the model's window.
     """
     if not contexts:
         raise ValueError("an average needs at least one left context")
-    k_sum, v_sum = _Sums(), _Sums()
-    dtype = engine.runner.cache.k.dtype
+    sums = [(_Sums(), _Sums()) for _ in spans]
     for context in contexts:
-        k, v = engine.encode_span((*anchor, *context), span)
-        k_sum.add(k)
-        v_sum.add(v)
-    relative = [sums.spread / sums.size.clamp_min(1e-30) for sums in (k_sum, v_sum)]
+        for (k_sum, v_sum), (k, v) in zip(sums, engine.encode_spans((*anchor, *context), spans), strict=True):
+            k_sum.add(k)
+            v_sum.add(v)
+    dtype = engine.runner.cache.k.dtype
+    return [_averaged(k_sum, v_sum, dtype) for k_sum, v_sum in sums]
+
+
+def _averaged(k: _Sums, v: _Sums, dtype: torch.dtype) -> AveragedKV:
+    relative = [sums.spread / sums.size.clamp_min(1e-30) for sums in (k, v)]
     rank = (relative[0] + relative[1]).sum(dim=(0, 2))
-    return AveragedKV(k_sum.mean.to(dtype), v_sum.mean.to(dtype), v_sum.spread.sqrt().float(), rank.float())
+    return AveragedKV(k.mean.to(dtype), v.mean.to(dtype), v.spread.sqrt().float(), rank.float())
 
 
 class _Sums:

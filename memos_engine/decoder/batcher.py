@@ -105,7 +105,7 @@ class Batcher:
             return None
         seq = self.waiting[0]
         copies: list[tuple[int, int]] = []
-        reused = self._take_over(seq)
+        reused = self.take_over(seq)
         if reused >= len(seq.tokens):  # the last token must run to give logits: its page becomes ours
             if not self._make_room(1):
                 self._not_yet(seq)
@@ -129,7 +129,7 @@ class Batcher:
         seq.stats.computed_tokens = len(seq.pending)
         return Admission(seq, copies, splices)
 
-    def _take_over(self, seq: Sequence) -> int:
+    def take_over(self, seq: Sequence) -> int:
         """Gives a request the pages that exist already; returns how many leading tokens they hold."""
         session = seq.session
         seq.epoch = self.pool.epoch

@@ -15,8 +15,8 @@ from torch import Tensor
 from memos_engine.config import DecoderConfig, SamplingParams
 from memos_engine.decoder.batcher import Batcher, Rows
 from memos_engine.decoder.blocks import BlockPool
+from memos_engine.decoder.encoding import SpanEncoder
 from memos_engine.decoder.kvcache import KVCache
-from memos_engine.decoder.layers import KVCapture
 from memos_engine.decoder.model import PagedDecoder
 from memos_engine.decoder.runner import ModelRunner
 from memos_engine.decoder.sampler import Sampler, sample
@@ -47,6 +47,7 @@ class DecoderEngine:
         model.int8 = self.config.int8_decode
         self.runner = ModelRunner(model, cache, self.config.max_batch)
         self.batcher = Batcher(self.pool, spec.max_positions, self.config)
+        self._encoder = SpanEncoder(self.batcher, self.runner, self.config)
         self._samplers: dict[int, Sampler] = {}
         self._lock = threading.RLock()
 
@@ -190,28 +191,15 @@ class DecoderEngine:
     # -- records ---------------------------------------------------------------------------------
 
     def encode_span(self, left: Seq[int], span: Seq[int]) -> tuple[Tensor, Tensor]:
-        """K before RoPE and V of `span` behind the tokens `left`: `[layers, tokens, kv_heads, head_dim]`.
-
-        A forward of its own: nothing computed inside a request ever becomes a memory's KV.
-        """
-        seq = Sequence([TextSpan((*left, *span))], SamplingParams())
+        """K before RoPE and V of `span` behind the tokens `left`: `[layers, tokens, kv_heads, head_dim]`, the
+        very bits that a full prefill of both computes."""
         with self._lock:
-            self.batcher.check(seq)
-            wanted = -(-seq.prompt_len // self.pool.page)
-            while wanted > self.pool.available and self.batcher.give_session_away():
-                pass
-            seq.blocks = self.pool.allocate(wanted)
-            try:
-                pages = self.runner.cache.k
-                shape = (pages.shape[0], seq.prompt_len, *pages.shape[3:])
-                capture = KVCapture(pages.new_empty(shape), pages.new_empty(shape), first=0)
-                for start in range(0, seq.prompt_len, self.config.prefill_chunk):
-                    capture.first = start
-                    end = min(start + self.config.prefill_chunk, seq.prompt_len)
-                    self.runner.run([(seq, list(range(start, end)))], capture)
-            finally:
-                self.batcher.drop(seq)
-        return capture.k[:, len(left) :].contiguous(), capture.v[:, len(left) :].contiguous()
+            return self._encoder.encode_alone(left, span)
+
+    def encode_spans(self, left: Seq[int], spans: Seq[Seq[int]]) -> list[tuple[Tensor, Tensor]]:
+        """The same for each of several spans; `left` is computed once, which may change last bits."""
+        with self._lock:
+            return self._encoder.encode_behind(left, spans)
 
     # -- the pool and the weights ----------------------------------------------------------------
 

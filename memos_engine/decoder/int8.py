@@ -40,7 +40,7 @@ def rounded(weight: Tensor) -> Int8Weight:
 
 
 def _layer(layer: LayerWeights) -> dict[str, Tensor]:
-    """Fields of a `StackLayer`. Neighbours in memory, so that each thread reads one stream."""
+    """Fields of a `StackLayer`."""
     made = {name: rounded(getattr(layer, name)) for name in PROJECTIONS}
     values = {name: weight.values for name, weight in made.items()}
     return values | {f"{name}_scale": weight.scale for name, weight in made.items()}

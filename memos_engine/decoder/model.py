@@ -30,15 +30,13 @@ class PagedDecoder:
 
     tables: cosines and sines of each layer, None where it does not rotate. table_groups: slices of layers
     that share a table, which together are all layers: a record is spliced in as many calls.
-    max_positions: positions that can occur, where they are fewer than the model's window (shorter tables).
     int8: whether steps of a few rows read weights of eight bits, where the backend can (`decoder.int8`).
     """
 
-    def __init__(self, spec: ModelSpec, weights: Weights, max_positions: int | None = None) -> None:
+    def __init__(self, spec: ModelSpec, weights: Weights) -> None:
         self.spec = spec
         self.ops = backend_for(weights.device)
-        length = min(spec.max_positions, max_positions or spec.max_positions)
-        made = [rope.table(spec.head_dim, length).to(weights.device) for rope in spec.ropes]
+        made = [rope.table(spec.head_dim, spec.max_positions).to(weights.device) for rope in spec.ropes]
         self.tables = [None if layer.rope is None else made[layer.rope] for layer in spec.layers]
         self.table_groups = _groups([layer.rope for layer in spec.layers], self.tables)
         self.int8 = False

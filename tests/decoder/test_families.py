@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from memos_engine.config import SamplingParams
-from memos_engine.decoder.model import PagedDecoder
 from memos_engine.decoder.record import KVRecord, ids_digest
 from memos_engine.decoder.sequence import KVSpan, Splice, TextSpan
 from memos_engine.decoder.spec import ModelSpec
@@ -183,16 +182,6 @@ def test_an_exact_prefix_from_a_record_gives_the_same_answer(family, paged_batch
     record = KVRecord(k, v, left, "test", ids_digest(()))
     splice(spliced.decoder, spliced.cache, Splice(record, 0), spliced.step([left]).slot_mapping)
     assert spliced.greedy([right], 16)[0] == wanted
-
-
-def test_tables_may_be_shorter_than_the_window(family):
-    model = family("gemma3")
-    spec = ModelSpec.from_config(model.config, "Gemma3ForCausalLM")
-    weights = Weights.from_model(model, spec)
-    short, long = PagedDecoder(spec, weights, 100), PagedDecoder(spec, weights, 10**6)
-    for a, b in zip(short.tables, long.tables, strict=True):
-        assert (len(a), len(b)) == (100, 512)
-        assert torch.equal(a, b[:100])
 
 
 def test_a_single_table_is_a_single_call(family, paged_batch):

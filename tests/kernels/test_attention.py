@@ -101,6 +101,19 @@ def test_nothing_visible(backend, make_problem):
     assert not backend.paged_attention(*problem.args()).any()
 
 
+def test_nothing_visible_after_broken_values(backend, make_problem):
+    """What an earlier call left in a worker's scratch is not read: NaN times weight 0 would stay NaN."""
+    for rows in (1, 3, 8):
+        broken = make_problem([40] * 8, [rows] * 8)
+        broken.v_pages[:] = float("nan")
+        assert backend.paged_attention(*broken.args()).isnan().all()
+        broken.v_pages[:] = 1.0
+        broken.q_pos[:] = -1
+        lse = torch.ones(broken.q.shape[:2])
+        assert torch.equal(backend.paged_attention(*broken.args(), lse=lse), torch.zeros_like(broken.q))
+        assert torch.equal(lse, torch.full_like(lse, float("-inf")))
+
+
 def test_some_rows_see_nothing(backend, make_problem, assert_close):
     problem = make_problem([40], [20])
     problem.q_pos[::3] = -1
