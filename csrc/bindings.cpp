@@ -65,6 +65,41 @@ int py_paged_attention(Address q, Address out, Address lse, Address k, Address v
     return unlocked([&] { return paged_attention(args, threads); });
 }
 
+int py_attention_probe(Address q, Address k, Address query_start, Address q_pos, Address lse, Address slot,
+                       Address key_pos, Address key_start, Address weight, Address scores, int q_dtype,
+                       int kv_dtype, Size tokens, Size requests, Size keys, Size heads, Size kv_heads,
+                       Size head_dim, Size blocks, Size page, Size q_token, Size q_head, Size k_block,
+                       Size k_token, Size k_head, Size window, float sm_scale, int threads) {
+    const Probe args = {at<void>(q),
+                        at<void>(k),
+                        at<int32_t>(query_start),
+                        at<int32_t>(q_pos),
+                        at<float>(lse),
+                        at<int64_t>(slot),
+                        at<int32_t>(key_pos),
+                        at<int32_t>(key_start),
+                        at<float>(weight),
+                        at<float>(scores),
+                        static_cast<DType>(q_dtype),
+                        static_cast<DType>(kv_dtype),
+                        tokens,
+                        requests,
+                        keys,
+                        heads,
+                        kv_heads,
+                        head_dim,
+                        blocks,
+                        page,
+                        q_token,
+                        q_head,
+                        k_block,
+                        k_token,
+                        k_head,
+                        window,
+                        sm_scale};
+    return unlocked([&] { return attention_probe(args, threads); });
+}
+
 int py_write_kv(ME_KV_WRITE_PARAMETERS, int threads) {
     const KvWrite args = ME_KV_WRITE_ARGUMENTS;
     return unlocked([&] { return write_kv(args, threads); });
@@ -180,6 +215,7 @@ py::list isa_levels() {
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels; memos_engine.ops.cpu is the way in";
     m.def("paged_attention", &py_paged_attention);
+    m.def("attention_probe", &py_attention_probe);
     m.def("write_kv", &py_write_kv);
     m.def("rope", &py_rope);
     m.def("rms_norm", &py_rms_norm);

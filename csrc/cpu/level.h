@@ -23,6 +23,24 @@ constexpr int kDecodeKeys = 128;  // and its keys
 constexpr int kSplitRows = 128;   // up to here keys are split as well, into ranges of kSplitKeys
 constexpr int kSplitKeys = 512;
 
+// 16 packed rows of one request and KV head, in the form that `probe` reads.
+struct ProbeTile {
+    const int32_t* tokens;  // of the request, those that count; packed row r is token r / group
+    int32_t rows, kv_head, row;
+    void* q;  // [head_dim][16] float32, or [head_dim / 2][16] pairs of bfloat16: the level chooses
+    float shift[kTileRows];                     // -lse * log2(e); -inf: the row counts for nothing
+    int32_t first[kTileRows], last[kTileRows];  // positions that a row sees
+    int32_t min_first, max_first, min_last, max_last;
+};
+
+constexpr int kProbeKeys = 64;  // of one item
+
+// A probe's item: up to kProbeKeys keys of one request, whose tiles lie KV head by KV head.
+struct ProbeItem {
+    const ProbeTile* tiles;
+    int64_t tiles_per_head, key, keys;
+};
+
 // to += from over a range of columns, rounded once; rows may be strided (0: one row for all).
 struct AddRows {
     void* to;
@@ -38,6 +56,9 @@ struct Level {
     void (*attention_merge)(const Attention&, const AttentionItem* items, int count);
     int64_t (*attention_scratch)(int64_t head_dim);
     int64_t (*decode_scratch)(int64_t head_dim);
+    int64_t (*probe_scratch)(int64_t head_dim);
+    void (*probe_pack)(const Probe&, ProbeTile&, float* scratch);
+    void (*probe)(const Probe&, const ProbeItem&, float* scratch);
     void (*write_kv)(const KvWrite&, int64_t layer, int64_t token, int64_t token_end);
     void (*rope)(const Rope&, int64_t token, int64_t token_end);
     void (*rms_norm)(const RmsNorm&, int64_t token, int64_t token_end, float* weight);

@@ -12,6 +12,9 @@ void attention_decode(const Attention&, const AttentionItem&, float*);
 void attention_merge(const Attention&, const AttentionItem*, int);
 int64_t attention_scratch(int64_t head_dim);
 int64_t decode_scratch(int64_t head_dim);
+int64_t probe_scratch(int64_t head_dim);
+void probe_pack(const Probe&, ProbeTile&, float*);
+void probe(const Probe&, const ProbeItem&, float*);
 void write_kv(const KvWrite&, int64_t, int64_t, int64_t);
 void rope(const Rope&, int64_t, int64_t);
 void rms_norm(const RmsNorm&, int64_t, int64_t, float*);
@@ -23,8 +26,10 @@ void linear(const Linear&, const void*, int64_t, int64_t);
 
 extern const Level level;
 const Level level = {
-    attention, attention_decode, attention_merge, attention_scratch, decode_scratch, write_kv, rope,
-    rms_norm,  silu_mul,         add_rows,        linear_scratch,    linear_pack,    linear,
+    attention,     attention_decode, attention_merge, attention_scratch, decode_scratch,
+    probe_scratch, probe_pack,       probe,           write_kv,          rope,
+    rms_norm,      silu_mul,         add_rows,        linear_scratch,    linear_pack,
+    linear,
 };
 
 }  // namespace ME_LEVEL

@@ -18,6 +18,7 @@ __all__ = [
     "OPS",
     "Backend",
     "append_kv",
+    "attention_probe",
     "backend_for",
     "describe",
     "layer_stack_of",
@@ -76,6 +77,48 @@ def paged_attention(
         )
     return backend_for(q.device).paged_attention(
         q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, sm_scale, window, out, lse
+    )
+
+
+def attention_probe(
+    q: Tensor,
+    k_pages: Tensor,
+    query_start: Tensor,
+    q_pos: Tensor,
+    lse: Tensor,
+    key_slots: Tensor,
+    key_pos: Tensor,
+    key_start: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    sm_scale: float,
+    window: int = 0,
+) -> None:
+    """How much attention the rows of each request pay to chosen keys, weighted; no score matrix is kept.
+
+    `scores[j] += exp(sm_scale * q[i, h] . k[j, h // group] - lse[i, h]) * weight[j, h // group]`, summed over
+    the heads h and over the rows i of key j's request with `key_pos[j] <= q_pos[i]`.
+
+    Args:
+        q: `[tokens, heads, head_dim]`, as given to `paged_attention`.
+        k_pages: `[blocks, page, kv_heads, head_dim]`, one layer.
+        query_start: `[B + 1] int32`, the row range of each request.
+        q_pos: `[tokens] int32`, the position of each row; a row with a negative one counts for nothing.
+        lse: `[tokens, heads] float32`, which `paged_attention` filled for the same rows; -inf adds nothing.
+        key_slots: `[keys] int64`, `block * page + offset` of each key; negative leaves its score as it is.
+        key_pos: `[keys] int32`, the position of each key.
+        key_start: `[B + 1] int32`, the key range of each request.
+        weight: `[keys, kv_heads] float32`.
+        scores: `[keys] float32`, added to in place. A key that no row sees keeps its bits.
+        sm_scale: factor on the scores, that of `paged_attention`.
+        window: when positive, a row sees only keys at positions `> q_pos - window`.
+    """
+    if _checks:
+        contracts.attention_probe(
+            q, k_pages, query_start, q_pos, lse, key_slots, key_pos, key_start, weight, scores, window
+        )
+    backend_for(q.device).attention_probe(
+        q, k_pages, query_start, q_pos, lse, key_slots, key_pos, key_start, weight, scores, sm_scale, window
     )
 
 

@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from memos_engine.ops.stack import LayerStack
 
 ISA_VARIABLE = "MEMOS_ENGINE_CPU_ISA"
-OPS = ("paged_attention", "append_kv", "splice_kv", "rms_norm", "rope", "silu_mul", "linear")
+OPS = (
+    "paged_attention",
+    "attention_probe",
+    "append_kv",
+    "splice_kv",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+    "linear",
+)
 
 log = logging.getLogger("memos_engine")
 
@@ -49,6 +58,22 @@ class Backend(Protocol):
         max_query_len: int | None = None,
         dense: bool = False,
     ) -> Tensor: ...
+
+    def attention_probe(
+        self,
+        q: Tensor,
+        k_pages: Tensor,
+        query_start: Tensor,
+        q_pos: Tensor,
+        lse: Tensor,
+        key_slots: Tensor,
+        key_pos: Tensor,
+        key_start: Tensor,
+        weight: Tensor,
+        scores: Tensor,
+        sm_scale: float,
+        window: int = 0,
+    ) -> None: ...
 
     def append_kv(
         self,
@@ -153,10 +178,11 @@ def describe() -> dict[str, dict[str, Any]]:
     `available`, `native` and `triton`. Nothing here starts a device.
     """
     cpu_backend = _backend("cpu")
-    table: dict[str, dict[str, Any]] = {
-        op: {"cpu": "reference" if cpu_backend.NAME == "reference" else "native", "cuda": "reference"}
-        for op in OPS
-    }
+    native = importlib.util.find_spec("memos_engine._cuda") is not None
+    triton = importlib.util.find_spec("triton") is not None
+    on_cpu = "reference" if cpu_backend.NAME == "reference" else "native"
+    on_cuda = "triton" if triton else "reference"
+    table: dict[str, dict[str, Any]] = {op: {"cpu": on_cpu, "cuda": on_cuda} for op in OPS}
     if cpu_backend.NAME == "reference":
         table["linear"]["cpu"] = "torch"
         table["cpu"] = {"native": False, "isa": "reference", "isa_available": ["reference"]}
@@ -165,10 +191,8 @@ def describe() -> dict[str, dict[str, Any]]:
 
         table["linear"]["cpu"] = "native for few rows, torch for more"
         table["cpu"] = {"native": True, "isa": cpu.isa(), "isa_available": cpu.available()}
-    native = importlib.util.find_spec("memos_engine._cuda") is not None
-    triton = importlib.util.find_spec("triton") is not None
     for op in ("append_kv", "splice_kv"):
-        table[op]["cuda"] = "native" if native else "triton" if triton else "reference"
+        table[op]["cuda"] = "native" if native else on_cuda
     table["linear"]["cuda"] = "torch"
     table["cuda"] = {"available": torch.cuda.is_available(), "native": native, "triton": triton}
     return table

@@ -28,31 +28,49 @@ def paged_attention(
     out: Tensor | None,
     lse: Tensor | None,
 ) -> None:
-    _floats("q", q, 3)
     _pages(k_pages, v_pages, 4)
-    tokens, heads, dim = q.shape
-    kv_heads = k_pages.shape[2]
-    if dim != k_pages.shape[3]:
-        _fail(f"q has head_dim {dim} but the pages have {k_pages.shape[3]}")
-    if kv_heads == 0 or heads % kv_heads:
-        _fail(f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})")
+    _queries(q, k_pages)
     requests = seq_lens.shape[0] if seq_lens.dim() else -1
     _index("seq_lens", seq_lens, torch.int32, (requests,))
     _index("query_start", query_start, torch.int32, (requests + 1,))
-    _index("q_pos", q_pos, torch.int32, (tokens,))
+    _index("q_pos", q_pos, torch.int32, q.shape[:1])
     if block_table.dim() != 2 or block_table.shape[0] != requests:
         _fail(f"block_table must be [{requests}, max_blocks], not {list(block_table.shape)}")
     if block_table.dtype != torch.int32 or block_table.stride(1) != 1:
         _fail("block_table must be int32 with contiguous rows; call .to(torch.int32).contiguous()")
-    if window < 0:
-        _fail(f"window must be 0 (none) or positive, not {window}")
+    _window(window)
     if out is not None:
         _like("out", out, q, "q")
-    if lse is not None and (
-        lse.shape != q.shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous()
-    ):
-        _fail(f"lse must be contiguous float32 {[tokens, heads]}, not {lse.dtype} {list(lse.shape)}")
+    if lse is not None:
+        _float32("lse", lse, q.shape[:2])
     _devices(q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, out, lse)
+
+
+def attention_probe(
+    q: Tensor,
+    k_pages: Tensor,
+    query_start: Tensor,
+    q_pos: Tensor,
+    lse: Tensor,
+    key_slots: Tensor,
+    key_pos: Tensor,
+    key_start: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    window: int,
+) -> None:
+    _floats("k_pages", k_pages, 4)
+    _queries(q, k_pages)
+    _index("query_start", query_start, torch.int32, (max(1, query_start.numel()),))
+    _index("key_start", key_start, torch.int32, query_start.shape)
+    _index("q_pos", q_pos, torch.int32, q.shape[:1])
+    _index("key_slots", key_slots, torch.int64, (key_slots.numel(),))
+    _index("key_pos", key_pos, torch.int32, key_slots.shape)
+    _float32("lse", lse, q.shape[:2])
+    _float32("weight", weight, (key_slots.shape[0], k_pages.shape[2]))
+    _float32("scores", scores, key_slots.shape)
+    _window(window)
+    _devices(q, k_pages, query_start, q_pos, lse, key_slots, key_pos, key_start, weight, scores)
 
 
 def write_kv(
@@ -150,6 +168,26 @@ def _like(name: str, tensor: Tensor, model: Tensor, model_name: str) -> None:
 def _pages(k_pages: Tensor, v_pages: Tensor, dims: int) -> None:
     _floats("k_pages", k_pages, dims)
     _like("v_pages", v_pages, k_pages, "k_pages")
+
+
+def _queries(q: Tensor, k_pages: Tensor) -> None:
+    """q `[tokens, heads, head_dim]` beside pages `[blocks, page, kv_heads, head_dim]`."""
+    _floats("q", q, 3)
+    (_, heads, dim), kv_heads = q.shape, k_pages.shape[2]
+    if dim != k_pages.shape[3]:
+        _fail(f"q has head_dim {dim} but the pages have {k_pages.shape[3]}")
+    if kv_heads == 0 or heads % kv_heads:
+        _fail(f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})")
+
+
+def _window(window: int) -> None:
+    if window < 0:
+        _fail(f"window must be 0 (none) or positive, not {window}")
+
+
+def _float32(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+        _fail(f"{name} must be contiguous float32 {list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
 
 
 def _index(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

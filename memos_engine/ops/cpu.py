@@ -29,6 +29,8 @@ _MESSAGES = {
     3: "block_table names a block outside the pages",
     4: "slot_mapping names a slot outside the pages",
     5: "a position is negative or has no row in cos_sin; build a longer table with ops.rope_table",
+    6: "key_start must ascend from 0 and stay within key_slots",
+    7: "key_slots names a slot outside the pages",
 }
 
 
@@ -122,6 +124,69 @@ def paged_attention(
         )
     )
     return out
+
+
+def attention_probe(
+    q: Tensor,
+    k_pages: Tensor,
+    query_start: Tensor,
+    q_pos: Tensor,
+    lse: Tensor,
+    key_slots: Tensor,
+    key_pos: Tensor,
+    key_start: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    sm_scale: float,
+    window: int = 0,
+) -> None:
+    q_dtype, kv_dtype = DTYPES.get(q.dtype), DTYPES.get(k_pages.dtype)
+    if q_dtype is None or kv_dtype is None:
+        return reference.attention_probe(
+            q,
+            k_pages,
+            query_start,
+            q_pos,
+            lse,
+            key_slots,
+            key_pos,
+            key_start,
+            weight,
+            scores,
+            sm_scale,
+            window,
+        )
+    tokens, heads, dim = q.shape
+    blocks, page, kv_heads, _ = k_pages.shape
+    return check_status(
+        native.attention_probe(
+            q.data_ptr(),
+            k_pages.data_ptr(),
+            query_start.data_ptr(),
+            q_pos.data_ptr(),
+            lse.data_ptr(),
+            key_slots.data_ptr(),
+            key_pos.data_ptr(),
+            key_start.data_ptr(),
+            weight.data_ptr(),
+            scores.data_ptr(),
+            q_dtype,
+            kv_dtype,
+            tokens,
+            query_start.shape[0] - 1,
+            key_slots.shape[0],
+            heads,
+            kv_heads,
+            dim,
+            blocks,
+            page,
+            *q.stride()[:2],
+            *k_pages.stride()[:3],
+            window,
+            sm_scale,
+            get_num_threads(),
+        )
+    )
 
 
 def append_kv(

@@ -15,7 +15,16 @@ from memos_engine.ops import dense as dense_ops
 from memos_engine.ops import reference
 from memos_engine.ops.reference import linear
 
-__all__ = ["append_kv", "linear", "paged_attention", "rms_norm", "rope", "silu_mul", "splice_kv"]
+__all__ = [
+    "append_kv",
+    "attention_probe",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+    "splice_kv",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -110,6 +119,26 @@ def _dense(
     blocks = block_table[0, : -(-tokens // page)].long()
     k, v = (pages[blocks].flatten(0, 1)[:tokens] for pages in (k_pages, v_pages))
     return dense_ops.dense_prefill(q, k, v, sm_scale, window)
+
+
+@_on_its_device
+def attention_probe(
+    q: Tensor,
+    k_pages: Tensor,
+    query_start: Tensor,
+    q_pos: Tensor,
+    lse: Tensor,
+    key_slots: Tensor,
+    key_pos: Tensor,
+    key_start: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    sm_scale: float,
+    window: int = 0,
+) -> None:
+    _triton_for(q, k_pages).attention_probe(
+        q, k_pages, query_start, q_pos, lse, key_slots, key_pos, key_start, weight, scores, sm_scale, window
+    )
 
 
 @_on_its_device

@@ -76,6 +76,50 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sm_scale: float) -
     return result.reshape(rows, heads, dim), lse.reshape(rows, heads)
 
 
+def attention_probe(
+    q: Tensor,
+    k_pages: Tensor,
+    query_start: Tensor,
+    q_pos: Tensor,
+    lse: Tensor,
+    key_slots: Tensor,
+    key_pos: Tensor,
+    key_start: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    sm_scale: float,
+    window: int = 0,
+) -> None:
+    """Adds to `scores` what the rows of each request pay to its keys, one request after the other."""
+    rows_at, keys_at, page = query_start.tolist(), key_start.tolist(), k_pages.shape[1]
+    for request in range(len(rows_at) - 1):
+        rows = torch.arange(rows_at[request], rows_at[request + 1], device=q.device)
+        rows = rows[q_pos[rows] >= 0]
+        keys = torch.arange(keys_at[request], keys_at[request + 1], device=q.device)
+        keys = keys[key_slots[keys] >= 0]
+        visible = key_pos[keys] <= q_pos[rows, None]
+        if window > 0:
+            visible &= key_pos[keys] > q_pos[rows, None].long() - window
+        # What no row sees is not read: it may hold anything, NaN too.
+        seen = visible.any(0)
+        keys, visible = keys[seen], visible[:, seen]
+        k = k_pages[key_slots[keys] // page, key_slots[keys] % page]
+        paid = _paid(q[rows], k, lse[rows], visible, sm_scale)
+        scores[keys] += (paid * weight[keys]).sum(1).to(scores.dtype)
+
+
+def _paid(q: Tensor, k: Tensor, lse: Tensor, visible: Tensor, sm_scale: float) -> Tensor:
+    """Softmax weights `[keys, kv_heads]`, summed over rows and a group's heads; `lse [rows, heads]`, the rest
+    as for `_attend`."""
+    rows, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    grouped = _upcast(q).view(rows, kv_heads, heads // kv_heads, dim)
+    scores = torch.einsum("rhgd,khd->rhgk", grouped, k.to(grouped.dtype)) * sm_scale
+    lse = lse.to(grouped.dtype).view(*grouped.shape[:3], 1)
+    hidden = ~visible[:, None, None, :] | (lse == float("-inf"))
+    return torch.exp(scores - lse).masked_fill(hidden, 0).sum((0, 2)).T
+
+
 def append_kv(
     k: Tensor,
     v: Tensor,

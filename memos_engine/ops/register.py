@@ -22,6 +22,10 @@ _ATTENTION = (
     "Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor query_start, Tensor seq_lens, "
     "Tensor q_pos, float sm_scale, int window"
 )
+_PROBE = (
+    "Tensor q, Tensor k_pages, Tensor query_start, Tensor q_pos, Tensor lse, Tensor key_slots, "
+    "Tensor key_pos, Tensor key_start, Tensor weight, Tensor(a!) scores, float sm_scale, int window"
+)
 _WRITE = (
     "Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slot_mapping, Tensor positions, "
     "Tensor? cos_sin, bool interleaved=False"
@@ -77,6 +81,7 @@ _define(
     _paged_attention_out,
     _nothing,
 )
+_define(f"attention_probe({_PROBE}=0) -> ()", ops.attention_probe, _nothing)
 _define(f"append_kv({_WRITE}) -> ()", ops.append_kv, _nothing)
 _define(f"splice_kv({_WRITE}) -> ()", ops.splice_kv, _nothing)
 _define(

@@ -6,6 +6,7 @@ Imported only when a CUDA tensor arrives (or by a test in Triton's interpreter):
 from __future__ import annotations
 
 from memos_engine.kernels.append_kv import append_kv
+from memos_engine.kernels.attention_probe import attention_probe
 from memos_engine.kernels.paged_attention_launch import paged_attention
 from memos_engine.kernels.rms_norm import rms_norm
 from memos_engine.kernels.rope import rope
@@ -15,4 +16,13 @@ from memos_engine.ops.reference import linear
 
 NAME = "triton"
 
-__all__ = ["append_kv", "linear", "paged_attention", "rms_norm", "rope", "silu_mul", "splice_kv"]
+__all__ = [
+    "append_kv",
+    "attention_probe",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+    "splice_kv",
+]

@@ -74,9 +74,20 @@ def attend(dtype, kv_heads, group, dim, window):
     backend.paged_attention(q, pages, pages, table, starts, lengths, positions, 0.1, window, None, lse)
 
 
+def probe(dtype, kv_heads, group, dim, window):
+    q, pages = meta(400, kv_heads * group, dim, dtype=dtype), meta(50, 16, kv_heads, dim, dtype=dtype)
+    lse, weight = (meta(n, h, dtype=torch.float32) for n, h in ((400, kv_heads * group), (700, kv_heads)))
+    slots, scores = meta(700, dtype=torch.int64), meta(700, dtype=torch.float32)
+    starts, positions = meta(6), meta(400)
+    backend.attention_probe(
+        q, pages, starts, positions, lse, slots, meta(700), starts, weight, scores, 0.1, window
+    )
+
+
 def main():
     JITFunction.__getitem__ = compile_instead
     attend(torch.bfloat16, 8, 4, 128, 0)
+    probe(torch.bfloat16, 8, 4, 128, 0)
     positions, slots = meta(400), meta(400, dtype=torch.int64)
     k, table = meta(2, 400, 8, 128, dtype=torch.bfloat16), meta(512, 128, dtype=torch.float32)
     pages = meta(2, 50, 16, 8, 128, dtype=torch.bfloat16)
@@ -90,6 +101,8 @@ def main():
     TARGETS.remove(90)  # what follows differs in no instruction that matters
     attend(torch.bfloat16, 1, 8, 256, 512)
     attend(torch.float32, 3, 3, 64, 0)
+    probe(torch.bfloat16, 1, 8, 256, 512)
+    probe(torch.float32, 3, 3, 64, 0)
 
 
 if __name__ == "__main__":

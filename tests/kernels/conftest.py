@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -148,6 +148,97 @@ def make_problem() -> Callable[..., Problem]:
             q_pos=torch.tensor(position, dtype=torch.int32),
             sm_scale=dim**-0.5,
             window=window,
+        )
+
+    return build
+
+
+@dataclass
+class Probe:
+    """The arguments of one attention_probe call: keys of a Problem, by position and in any order."""
+
+    problem: Problem
+    lse: Tensor
+    key_slots: Tensor
+    key_pos: Tensor
+    key_start: Tensor
+    weight: Tensor
+    scores: Tensor
+
+    def args(self) -> tuple[Any, ...]:
+        p = self.problem
+        keys = (self.key_slots, self.key_pos, self.key_start, self.weight, self.scores)
+        return p.q, p.k_pages, p.query_start, p.q_pos, self.lse, *keys, p.sm_scale, p.window
+
+    def wide(self) -> tuple[Any, ...]:
+        return tuple(
+            t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in self.args()
+        )
+
+    def exact(self) -> Tensor:
+        """The scores in float64, out of each request's whole matrix of softmax weights."""
+        scores = self.scores.double()
+        for i in range(len(self.problem.seq_lens)):
+            keys = torch.arange(int(self.key_start[i]), int(self.key_start[i + 1]))
+            keys = keys[self.key_slots[keys] >= 0]
+            weights, _ = softmax_of(self.problem, i)
+            paid = weights[:, :, self.key_pos[keys].long()].sum(1)  # [heads, keys]
+            group = paid.shape[0] // self.weight.shape[1]
+            share = self.weight.double()[keys].T.repeat_interleave(group, 0)
+            scores[keys] += torch.where(paid > 0, paid * share, 0).sum(0)
+        return scores
+
+    def request(self, i: int) -> Probe:
+        """A call with one of the requests alone."""
+        p = self.problem
+        rows = slice(int(p.query_start[i]), int(p.query_start[i + 1]))
+        keys = slice(int(self.key_start[i]), int(self.key_start[i + 1]))
+        starts = [torch.tensor([0, part.stop - part.start], dtype=torch.int32) for part in (rows, keys)]
+        alone = replace(
+            p, q=p.q[rows], q_pos=p.q_pos[rows], query_start=starts[0],
+            block_table=p.block_table[i : i + 1], seq_lens=p.seq_lens[i : i + 1],
+        )  # fmt: skip
+        of_keys = (t[keys].clone() for t in (self.key_slots, self.key_pos, self.weight, self.scores))
+        slots, pos, weight, scores = of_keys
+        return Probe(alone, self.lse[rows].contiguous(), slots, pos, starts[1], weight, scores)
+
+
+def softmax_of(problem: Problem, index: int) -> tuple[Tensor, Tensor]:
+    """One request's softmax weights `[heads, rows, keys]` and lse `[rows, heads]`, float64."""
+    q, k, _, visible = problem.request(index)
+    scores = (q.double() @ k.double().transpose(1, 2) * problem.sm_scale).masked_fill(~visible, -torch.inf)
+    return scores.softmax(-1).nan_to_num(), scores.logsumexp(-1).T
+
+
+@pytest.fixture
+def make_probe(make_problem: Callable[..., Problem]) -> Callable[..., Probe]:
+    """Builds a Probe: `keys` probed keys of each request of a Problem (all by default), in any order."""
+
+    def build(
+        lengths: Sequence[int],
+        rows: Sequence[int],
+        *shape: Any,
+        keys: Sequence[int] | None = None,
+        **more: Any,
+    ) -> Probe:
+        problem = make_problem(lengths, rows, *shape, **more)
+        random = torch.Generator().manual_seed(more.get("seed", 0) + 1)
+        page, starts, slots, positions = problem.k_pages.shape[1], [0], [], []
+        for i, (length, count) in enumerate(zip(lengths, keys or lengths, strict=True)):
+            chosen = torch.randperm(length, generator=random)[:count]
+            slots.append(problem.block_table[i, chosen // page].long() * page + chosen % page)
+            positions.append(chosen.int())
+            starts.append(starts[-1] + len(chosen))
+        lse = [softmax_of(problem, i)[1].float() for i in range(len(lengths))]
+        total, kv_heads = starts[-1], problem.k_pages.shape[2]
+        return Probe(
+            problem,
+            torch.cat(lse).contiguous(),
+            torch.cat(slots),
+            torch.cat(positions),
+            torch.tensor(starts, dtype=torch.int32),
+            torch.randn(total, kv_heads, generator=random),
+            torch.randn(total, generator=random),
         )
 
     return build

@@ -51,6 +51,43 @@ def test_paged_attention_outputs(make_problem):
             ops.paged_attention(*problem.args(), lse=lse)
 
 
+@pytest.mark.parametrize(
+    ("place", "change", "words"),
+    [
+        (0, lambda t: t[0], "q must have 3 dimensions"),
+        (0, lambda t: t[:, :3], "multiple of kv_heads"),
+        (0, lambda t: t[..., :8], "head_dim 8"),
+        (1, lambda t: t[0], "k_pages must have 4 dimensions"),
+        (1, lambda t: t.int(), "k_pages must be float32"),
+        (2, lambda t: t[:0], r"query_start must be torch.int32 \[1\]"),
+        (2, lambda t: t[None], "query_start must be"),
+        (2, lambda t: t.long(), "query_start must be torch.int32"),
+        (3, lambda t: t[1:], r"q_pos must be torch.int32 \[23\]"),
+        (4, lambda t: t[1:], r"lse must be contiguous float32 \[23, 4\]"),
+        (4, lambda t: t.double(), "lse must be contiguous float32"),
+        (4, lambda t: t.T.contiguous().T, "lse must be contiguous float32"),
+        (5, lambda t: t.int(), "key_slots must be torch.int64"),
+        (5, lambda t: t[:, None], "key_slots must be"),
+        (6, lambda t: t[1:], r"key_pos must be torch.int32 \[60\]"),
+        (6, lambda t: t.long(), "key_pos must be torch.int32"),
+        (7, lambda t: t[1:], r"key_start must be torch.int32 \[3\]"),
+        (8, lambda t: t[:, :1], r"weight must be contiguous float32 \[60, 2\]"),
+        (8, lambda t: t.half(), "weight must be contiguous float32"),
+        (9, lambda t: t[1:], r"scores must be contiguous float32 \[60\]"),
+        (9, lambda t: torch.stack((t, t), 1)[:, 0], "scores must be contiguous"),
+        (9, lambda t: t.to("meta"), "on one device"),
+        (11, lambda _: -1, "window must be 0"),
+    ],
+)
+def test_attention_probe(make_probe, place, change, words):
+    args = list(make_probe([40, 20], [3, 20]).args())
+    before = args[9].clone()
+    args[place] = change(args[place])
+    with pytest.raises(KernelContractError, match=words):
+        ops.attention_probe(*args)
+    assert place == 9 or torch.equal(args[9], before)
+
+
 def kv(layers=()):
     new = torch.ones(*layers, 5, 2, 16)
     pages = torch.zeros(*layers, 4, 16, 2, 16)

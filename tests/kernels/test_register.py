@@ -19,6 +19,14 @@ def kv(*layers):
     return new, new.clone(), pages, pages.clone(), slots, positions
 
 
+def probe(problem):
+    lse = torch.full(problem.q.shape[:2], 3.0)
+    slots, positions = torch.tensor([16, -1, 17]), torch.arange(3, dtype=torch.int32)
+    start, weight, scores = torch.tensor([0, 2, 3], dtype=torch.int32), torch.rand(3, 2), torch.zeros(3)
+    queries = (problem.q, problem.k_pages, problem.query_start, problem.q_pos, lse)
+    return *queries, slots, positions, start, weight, scores, problem.sm_scale
+
+
 def samples(make_problem):
     problem = make_problem([20, 5], [3, 1])
     # opcheck compares copies of the arguments, and NaN is not equal to itself.
@@ -30,6 +38,7 @@ def samples(make_problem):
     return {
         "paged_attention": (q, *rest),
         "paged_attention_out": (q, torch.zeros_like(q), torch.zeros(q.shape[:2]), *rest),
+        "attention_probe": probe(problem),
         "append_kv": (*kv(), table),
         "splice_kv": (*kv(3), None),
         "rope": (torch.randn(3, 2, 16), torch.arange(3, dtype=torch.int32), table),
@@ -43,6 +52,7 @@ def samples(make_problem):
 NAMES = [
     "paged_attention",
     "paged_attention_out",
+    "attention_probe",
     "append_kv",
     "splice_kv",
     "rope",

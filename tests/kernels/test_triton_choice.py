@@ -186,10 +186,14 @@ def test_dense_flag_without_a_library(install, make_problem, assert_close):
     )
 
 
-def test_float64_goes_to_the_reference(make_problem):
+def test_float64_goes_to_the_reference(make_problem, make_probe):
     problem = make_problem([20], [3])
     wide = problem.wide()
     assert torch.equal(cuda.paged_attention(*wide), reference.paged_attention(*wide))
+    probes = [make_probe([20], [3]).wide() for _ in range(2)]
+    cuda.attention_probe(*probes[0])
+    reference.attention_probe(*probes[1])
+    assert torch.equal(probes[0][9], probes[1][9])
     x = torch.randn(3, 8, dtype=torch.float64)
     assert torch.equal(cuda.rms_norm(x, x[0], 1e-5), reference.rms_norm(x, x[0], 1e-5))
     assert torch.equal(cuda.silu_mul(x, x), reference.silu_mul(x, x))

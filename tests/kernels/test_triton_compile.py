@@ -32,7 +32,7 @@ def compiled(tmp_path_factory):
 
 
 def test_all_kernels_for_all_targets(compiled):
-    kernels = {"attend_kernel", "join_kernel", "append_kernel", "splice_kernel"}
+    kernels = {"attend_kernel", "join_kernel", "probe_kernel", "append_kernel", "splice_kernel"}
     kernels |= {"rope_kernel", "rms_norm_kernel", "silu_mul_kernel"}
     assert {(row["kernel"], row["target"]) for row in compiled} == {(k, t) for k in kernels for t in (80, 90)}
     assert all(row["bytes"] for row in compiled)
@@ -44,9 +44,10 @@ def test_shared_memory_fits_every_card(compiled):
 
 
 def test_attention_runs_on_tensor_cores(compiled):
-    narrow = [row for row in compiled if row["kernel"] == "attend_kernel" and "*bf16" in row["types"]]
-    assert narrow
-    assert all(row["tensor_cores"] for row in narrow)
+    for kernel in ("attend_kernel", "probe_kernel"):
+        narrow = [row for row in compiled if row["kernel"] == kernel and "*bf16" in row["types"]]
+        assert narrow
+        assert all(row["tensor_cores"] for row in narrow)
 
 
 def test_rotations_fuse_no_multiply_and_add(compiled):

@@ -17,6 +17,8 @@ enum class Status : int32_t {
     bad_block = 3,        // block_table names a block outside the pages
     bad_slot = 4,         // slot_mapping names a slot outside the pages
     bad_position = 5,     // a position has no row in cos_sin
+    bad_key_start = 6,    // not ascending from 0, or beyond the probed keys
+    bad_key_slot = 7,     // key_slots names a slot outside the pages
 };
 
 // softmax(q k^T * sm_scale) v over paged keys.
@@ -35,6 +37,26 @@ struct Attention {
     int64_t table_stride;
     int64_t q_token, q_head, out_token, out_head;
     int64_t k_block, k_token, k_head, v_block, v_token, v_head;
+    int64_t window;  // 0: none
+    float sm_scale;
+};
+
+// scores[j] += sum over the rows and heads of its request that see key j of exp(sm_scale * q . k - lse) *
+// weight.
+struct Probe {
+    const void* q;               // [tokens, heads, head_dim]
+    const void* k;               // [blocks, page, kv_heads, head_dim]
+    const int32_t* query_start;  // [requests + 1]
+    const int32_t* q_pos;        // [tokens]; negative: the row counts for nothing
+    const float* lse;            // [tokens, heads] contiguous
+    const int64_t* slot;         // [keys]; negative: the key is skipped
+    const int32_t* key_pos;      // [keys]
+    const int32_t* key_start;    // [requests + 1]
+    const float* weight;         // [keys, kv_heads] contiguous
+    float* scores;               // [keys]
+    DType q_dtype, kv_dtype;
+    int64_t tokens, requests, keys, heads, kv_heads, head_dim, blocks, page;
+    int64_t q_token, q_head, k_block, k_token, k_head;
     int64_t window;  // 0: none
     float sm_scale;
 };
@@ -94,6 +116,7 @@ struct Linear {
 };
 
 Status paged_attention(const Attention& args, int threads);
+Status attention_probe(const Probe& args, int threads);
 Status write_kv(const KvWrite& args, int threads);
 Status rope(const Rope& args, int threads);
 void rms_norm(const RmsNorm& args, int threads);
