@@ -8,7 +8,7 @@ bootstraps over prompts, differences are paired by prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -19,7 +19,8 @@ import torch
 from memos_engine.bench.document import Document, Row, read_result
 from memos_engine.bench.forced import Outcome, evaluate, references, require_exact
 from memos_engine.bench.options import Options, Progress, silent
-from memos_engine.bench.splicing import METHODS, OWN, Case, Method, RecordCache, computed, everything
+from memos_engine.bench.records import Stores
+from memos_engine.bench.splicing import METHODS, OWN, Case, Method, computed, everything
 from memos_engine.bench.stats import bootstrap, paired_bootstrap
 from memos_engine.bench.xquad import (
     MEMORY_TOKENS,
@@ -35,6 +36,7 @@ from memos_engine.api import MemoryEngine
 from memos_engine.config import ConfigError, DecoderConfig
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.models import resolve
+from memos_engine.neutral import left_contexts
 
 RECOMPUTE = (0.0, 0.15, 0.40)
 BLOCK = 20  # prompts of one unit
@@ -58,8 +60,9 @@ NOTES = (
     "full puts the reference's own keys and values through the splice and computes question and answer over "
     "them in other chunks (the numerical floor); full_bf16 is full prefill in bfloat16 (the noise floor of "
     "that dtype); none leaves the memories out.",
-    f"{OWN} splices anchored records and has no selection yet, so it stands at r = 0 alone; differences of a "
-    "method at another r are taken against that row and say so.",
+    f"{OWN} splices averages over left contexts that belong to nobody and computes again what a first pass "
+    "of the query chooses; rank takes the same records and their own order; anchored, random, first_k and "
+    "cacheblend splice records encoded behind the anchor alone.",
     "cacheblend also has layers 0 and 1 of every memory token fresh, as published; r does not count them.",
     "Checked on the first prompt of every unit: computing every memory token behind slot 0 again, as "
     "scattered rows over spliced pages, gives the distributions of full prefill (KL below 1e-6).",
@@ -108,12 +111,14 @@ class _Scorer:
     ) -> None:
         self.options, self.dataset, self.rounds = options, dataset, rounds
         shares = dict.fromkeys(options.recompute or RECOMPUTE)
-        self.methods = [(m, r) for m in methods for r in _shares(m, shares)]
+        self.methods = [(m, r) for m in methods for r in m.shares(shares)]
         engine = self._open("float32")
         self.engine, self.layout, self.tokenizer = engine.decoder, engine.layout, engine.tokenizer
         self.stop = engine.eos_token_ids
         self.half = self._open("bfloat16").decoder
-        self.records = RecordCache(self.engine, self.layout.anchor)
+        anchor = self.layout.anchor
+        room = self.engine.spec.max_positions - len(anchor) - 2 * MEMORY_TOKENS
+        self.stores = Stores(self.engine, anchor, left_contexts(self.layout, room))
         self._prompts: dict[int, list[Prompt]] = {}
 
     def block(self, count: int, first: int, tell: Callable[[int], None]) -> Samples:
@@ -123,6 +128,7 @@ class _Scorer:
             self._prompts = {count: drawn}
         out: Samples = {}
         block = self._prompts[count][first : first + BLOCK]
+        self.stores.prepare([span for prompt in block for span in prompt.memories[1:]])
         for at in range(0, len(block), TOGETHER):
             group = block[at : at + TOGETHER]
             for done, (prompt, outcomes) in enumerate(zip(group, self._scored(group), strict=True), at + 1):
@@ -144,11 +150,12 @@ class _Scorer:
         cases = [
             Case(
                 self.engine,
-                self.records.anchor,
-                tuple(self.records.get(span) for span in prompt.memories),
+                self.stores.anchor,
+                self.stores.anchored(prompt.memories),
                 prompt.query,
                 reference,
                 prompt.key,
+                self.stores.stored(prompt.memories),
             )
             for prompt, reference in zip(group, references(self.engine, ids, self.stop), strict=True)
         ]
@@ -178,11 +185,6 @@ class _Scorer:
         }
         for name, value in row.items():
             figures.setdefault(name, []).append(value)
-
-
-def _shares(method: Method, asked: Iterable[float]) -> list[float]:
-    """The shares at which a method is measured; with nothing computed again all selections are the splice."""
-    return [share for share in asked if share > 0] if method.fixed is None else [method.fixed]
 
 
 # -- rows --------------------------------------------------------------------------------------------

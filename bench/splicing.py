@@ -11,47 +11,30 @@ own in place of `Case.memories`, and choose which tokens are computed.
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 
 import torch
 from memos_engine.bench.forced import Plan, Reference
 
+from memos_engine.config import Recompute
 from memos_engine.decoder.engine import DecoderEngine
-from memos_engine.decoder.record import KVRecord, ids_digest
-from memos_engine.decoder.sequence import KVSpan, TextSpan
+from memos_engine.decoder.identity import ids_digest
+from memos_engine.decoder.record import KVRecord
+from memos_engine.decoder.sequence import KVSpan, Span, TextSpan
 
 EARLY = 2  # layers that CacheBlend computes for every token before it selects
-RECORD_BYTES = 1 << 30
-
-
-class RecordCache:
-    """Anchored records by their tokens, encoded when first asked for; the oldest go when room is short."""
-
-    def __init__(self, engine: DecoderEngine, anchor: tuple[int, ...], nbytes: int = RECORD_BYTES) -> None:
-        self.engine = engine
-        self.anchor = self._encode((), anchor)
-        self._left, self._nbytes = anchor, nbytes
-        self._kept: OrderedDict[tuple[int, ...], KVRecord] = OrderedDict()
-
-    def get(self, span: tuple[int, ...]) -> KVRecord:
-        record = self._kept.pop(span, None) or self._encode(self._left, span)
-        self._kept[span] = record
-        while sum(kept.nbytes for kept in self._kept.values()) > self._nbytes and len(self._kept) > 1:
-            self._kept.popitem(last=False)
-        return record
-
-    def _encode(self, left: tuple[int, ...], span: tuple[int, ...]) -> KVRecord:
-        k, v = self.engine.encode_span(left, span)
-        return KVRecord(k, v, span, "bench", ids_digest(left))
 
 
 @dataclass(frozen=True)
 class Case:
     """One prompt and what a method may look at: the engine (to probe) and the records. The reference is there
-    for oracles, and for cacheblend, which computes its first layers anyway."""
+    for oracles, and for cacheblend, which computes its first layers anyway.
+
+    memories: records encoded behind the anchor alone; stored: what the engine keeps, exact in slot 0 and
+    averaged behind it.
+    """
 
     engine: DecoderEngine
     anchor: KVRecord
@@ -59,6 +42,7 @@ class Case:
     query: tuple[int, ...]
     reference: Reference
     key: str
+    stored: tuple[KVRecord, ...] = ()
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -88,11 +72,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Method:
-    """A named way from a case and a share r to a plan. fixed: the only r it has."""
+    """A named way from a case and a share r to a plan. fixed: the only r it has; at_zero: it has a row of its
+    own where nothing is computed again (selections alone are all the same there)."""
 
     name: str
     plan: Callable[[Case, float], Plan]
     fixed: float | None = None
+    at_zero: bool = False
+
+    def shares(self, asked: Iterable[float]) -> list[float]:
+        """Those at which it is measured."""
+        if self.fixed is not None:
+            return [self.fixed]
+        return [share for share in asked if share > 0 or self.at_zero]
 
 
 # -- methods -----------------------------------------------------------------------------------------
@@ -117,8 +109,18 @@ def none(case: Case, share: float) -> Plan:
     return Plan((KVSpan(case.anchor), TextSpan(case.query)))
 
 
-def spliced(case: Case, share: float) -> Plan:
-    """What the engine does today: anchored records as they are, K rotated to its place."""
+def own(case: Case, share: float) -> Plan:
+    """What the engine does: averaged records; the tokens that a first pass of the query chooses."""
+    return _by_engine(case, Recompute(share))
+
+
+def ranked(case: Case, share: float) -> Plan:
+    """Averaged records; the tokens with the highest ranks of their own, without a first pass."""
+    return _by_engine(case, Recompute(share, by="rank"))
+
+
+def anchored(case: Case, share: float) -> Plan:
+    """Records encoded behind the anchor alone, as they are, K rotated to its place."""
     return _refined(case, case.memories, ())
 
 
@@ -185,7 +187,9 @@ OWN = "memos_engine"
 METHODS = (
     Method("full", full, fixed=1.0),
     Method("none", none, fixed=0.0),
-    Method(OWN, spliced, fixed=0.0),
+    Method(OWN, own, at_zero=True),
+    Method("rank", ranked),
+    Method("anchored", anchored, fixed=0.0),
     Method("random", at_random),
     Method("first_k", first_k),
     Method("cacheblend", cacheblend),
@@ -199,6 +203,21 @@ CONTROLS = (
 def _refined(case: Case, memories: Sequence[KVRecord], selected: Sequence[int]) -> Plan:
     spans = (KVSpan(case.anchor), *(KVSpan(record) for record in memories), TextSpan(case.query))
     return Plan(spans, tuple(sorted(selected)), len(selected))
+
+
+def _by_engine(case: Case, recompute: Recompute) -> Plan:
+    """The engine's own choice, taken from a request of its own that ends when the choice is made."""
+    if recompute.share == 1:
+        return _refined(case, case.stored, case.candidates)
+    memories = [KVSpan(record) for record in case.stored]
+    spans: tuple[Span, ...] = (KVSpan(case.anchor, memory=False), *memories, TextSpan(case.query))
+    request = case.engine.add_request(spans, sampled=False, recompute=recompute)
+    while request.selected is None and request.error is None:
+        case.engine.step()
+    case.engine.abort(request)
+    if request.error is not None:
+        raise request.error
+    return Plan(spans, request.selected or (), len(request.selected or ()))
 
 
 def _fresh_early(case: Case, start: int, record: KVRecord) -> KVRecord:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from memos_engine.bench.locomo import as_squad
 from memos_engine.bench.options import Options
 
 from memos_engine.config import ConfigError
@@ -75,13 +76,15 @@ class Prompt:
 
 
 def load(name: str, data: Path | None) -> Dataset:
-    """Reads `<folder>/<name>/*.json`, or `<folder>/*.json` where the folder is the set itself.
+    """Reads `<folder>/<name>/*.json`, or `<folder>/*.json` where the folder is the set itself; LoCoMo's
+    format too.
 
     Folders tried: `data`, else the environment variable, else `../shared/datasets` beside a checkout.
     """
     path = _find(name, data)
     try:
-        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        articles = (as_squad(raw) if isinstance(raw, list) else raw)["data"]
         paragraphs: list[str] = []
         questions: list[Question] = []
         for paragraph in (p for article in articles for p in article["paragraphs"]):
@@ -90,7 +93,7 @@ def load(name: str, data: Path | None) -> Dataset:
                     continue
                 answers = tuple(answer["text"] for answer in item["answers"])
                 start = int(item["answers"][0]["answer_start"])
-                end = start + len(answers[0])
+                end = int(item["answers"][0].get("answer_end", start + len(answers[0])))
                 questions.append(Question(item["question"], answers, len(paragraphs), start, end))
             paragraphs.append(paragraph["context"])
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memos_engine import ops
 from memos_engine.decoder.blocks import BlockPool
-from memos_engine.decoder.record import KVRecord, ids_digest
+from memos_engine.decoder.identity import ids_digest
+from memos_engine.decoder.record import KVRecord
 from memos_engine.models import resolve
 
 PAGE, BLOCKS = 16, 64

@@ -1,43 +1,67 @@
 """Activation memory: finds, checks and builds the KV records of memories.
 
-Here the control plane (which memory, whose) and the decoder (which tensors) meet. Any doubt about a record is
-a `Miss` with its reason; the memory then goes in as text and the answer is right, only slower.
+Here the control plane (which memory, whose) and the decoder (which tensors) meet. A memory has two records:
+*anchored*, encoded behind just the anchor, which is exact in the first slot; and *averaged* over several left
+contexts, which is near wherever else it stands. Any doubt about a record is a reason to do without it; the
+memory then goes in as text and the answer is right, only slower.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
+import torch
+
+from memos_engine.config import MemoryConfig
+from memos_engine.decoder.averaging import encode_averaged
 from memos_engine.decoder.engine import DecoderEngine
-from memos_engine.decoder.record import KVRecord, RecordIdentity, decode_record, encode_record, ids_digest
+from memos_engine.decoder.identity import RecordIdentity, ids_digest
+from memos_engine.decoder.record import KVRecord, decode_record, encode_record
 from memos_engine.decoder.sequence import KVSpan
 from memos_engine.decoder.weights import Weights
-from memos_engine.errors import PayloadError
+from memos_engine.errors import OutOfPagesError, PayloadError
 from memos_engine.memory.cube import MemCube
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.store import MemoryStore
+from memos_engine.memory.vault import BlobRef
+from memos_engine.neutral import left_contexts
 from memos_engine.prompt import PromptLayout
+
+log = logging.getLogger("memos_engine")
+
+ANCHORED, AVERAGED = "anchored", "averaged"
+# A record to build: the memory, its span, the identity.
+Missing = tuple[MemCube, tuple[int, ...], RecordIdentity]
 
 
 @dataclass(frozen=True)
-class Miss:
-    """Why a memory has no usable record."""
+class StoredKV:
+    """Which records of a memory exist: identity and file by form. reason: why there is none at all."""
 
-    reason: str
+    records: dict[str, tuple[RecordIdentity, BlobRef]]
+    reason: str = ""
+
+    def form_for(self, first: bool) -> str:
+        """The better form there is. first: it stands right behind the anchor."""
+        wanted = ANCHORED if first else AVERAGED
+        return wanted if wanted in self.records else next(iter(self.records))
 
 
 class ActivationMemory:
     """KV records of one model over one store, with a bounded host-memory tier in front of the vault."""
 
     def __init__(
-        self, decoder: DecoderEngine, layout: PromptLayout, store: MemoryStore, host_bytes: int
+        self, decoder: DecoderEngine, layout: PromptLayout, store: MemoryStore, config: MemoryConfig
     ) -> None:
         self.decoder = decoder
         self.layout = layout
         self.store = store
-        self.host_bytes = host_bytes
+        self.config = config
         self._host: OrderedDict[str, KVRecord] = OrderedDict()
         self._lock = threading.Lock()
         self._anchor: tuple[Weights, KVSpan] | None = None
@@ -48,17 +72,30 @@ class ActivationMemory:
         if self._anchor is None or self._anchor[0] is not weights:
             ids = self.layout.anchor
             k, v = self.decoder.encode_span((), ids)
-            self._anchor = (weights, KVSpan(KVRecord(k, v, ids, "anchor", ids_digest(()))))
+            self._anchor = (weights, KVSpan(KVRecord(k, v, ids, "anchor", ids_digest(())), memory=False))
         return self._anchor[1]
 
     def salt(self, principal: Principal) -> bytes:
         """Keeps tenants, and users inside one, apart: equal texts of two users have records of their own."""
         return self.store.keys.tenant_salt(f"{principal.tenant}\x1f{principal.user}")
 
-    def identity(self, principal: Principal, token_ids: tuple[int, ...]) -> RecordIdentity:
-        """The identity a record of this span must have here and now."""
+    # -- identity --------------------------------------------------------------------------------
+
+    @cached_property
+    def _contexts(self) -> list[tuple[tuple[int, ...], str]]:
+        """Left contexts (without the anchor) and digests of all that stands to the left with them."""
+        anchor = self.layout.anchor
+        return [(ids, ids_digest((*anchor, *ids))) for ids in left_contexts(self.layout)]
+
+    def contexts(self, tokens: int) -> list[tuple[tuple[int, ...], str]]:
+        """Those that leave room for a span of so many tokens in the model's window."""
+        room = self.decoder.spec.max_positions - len(self.layout.anchor) - tokens
+        return [context for context in self._contexts if len(context[0]) < room]
+
+    def identities(self, principal: Principal, token_ids: tuple[int, ...]) -> dict[str, RecordIdentity]:
+        """The identity that each form's record of this span must have here and now."""
         anchor = ids_digest(self.layout.anchor)
-        return RecordIdentity(
+        anchored = RecordIdentity(
             weights=self.decoder.runner.model.weights.digest,
             tokenizer=self.layout.digest,
             geometry=self.decoder.spec.geometry(),
@@ -68,45 +105,86 @@ class ActivationMemory:
             tokens=ids_digest(token_ids),
             tenant_salt=self.salt(principal),
         )
+        left = tuple(digest for _, digest in self.contexts(len(token_ids)))
+        return {ANCHORED: anchored} | ({AVERAGED: replace(anchored, left_contexts=left)} if left else {})
 
-    def lookup(self, principal: Principal, cube: MemCube, token_ids: tuple[int, ...]) -> KVRecord | Miss:
-        """The record of a memory, from host memory or the vault, verified; or why there is none.
+    # -- use -------------------------------------------------------------------------------------
 
-        token_ids: the memory's span in this layout. A record that fails its check is audited and dropped, so
-        that it is built afresh.
+    def find(self, principal: Principal, cube: MemCube, token_ids: tuple[int, ...]) -> StoredKV:
+        """Which records of a memory there are; nothing is read. token_ids: its span in this layout."""
+        records = {}
+        for form, identity in self.identities(principal, token_ids).items():
+            blob = self.store.find_kv(principal, cube.id, identity.digest())
+            if blob is not None:
+                records[form] = (identity, blob)
+        if records:
+            return StoredKV(records)
+        if self.store.kv_identities(principal, cube.id):
+            return StoredKV({}, "its stored KV belongs to another model, dtype, template or wording")
+        return StoredKV({}, "no KV stored yet")
+
+    def load(self, stored: StoredKV, form: str) -> KVRecord:
+        """A record from host memory or the vault, verified.
+
+        Raises PayloadError; the record is then audited and dropped, so that it is built afresh.
         """
-        identity = self.identity(principal, token_ids)
+        identity, blob = stored.records[form]
         key = identity.digest()
-        blob = self.store.find_kv(principal, cube.id, key)
-        if blob is None:
-            self._take(key)
-            if self.store.kv_identities(principal, cube.id):
-                return Miss("its stored KV belongs to another model, dtype, template or wording")
-            return Miss("no KV stored yet")
-        resident = self._take(key)
-        if resident is not None:
-            self._keep(key, resident)
-            return resident
-        try:
-            record = decode_record(self.store.vault.read(blob), identity)
-        except PayloadError as error:
-            self.store.drop_kv(key, error.reason)
-            return Miss(f"its stored KV was refused ({error.reason}): {error}")
+        record = self._take(key)
+        if record is None:
+            try:
+                record = decode_record(self.store.vault.read(blob), identity)
+            except PayloadError as error:
+                self.store.drop_kv(key, error.reason)
+                raise
         self._keep(key, record)
         return record
 
-    def build(self, principal: Principal, cube: MemCube) -> bool:
-        """Encodes a memory behind the anchor and stores the record. False if it is already there."""
-        if cube.body is None:
-            return False
-        token_ids = self.layout.memory(cube.body)
-        identity = self.identity(principal, token_ids)
-        if self.store.find_kv(principal, cube.id, identity.digest()) is not None:
-            return False
-        k, v = self.decoder.encode_span(self.layout.anchor, token_ids)
-        blob = self.store.vault.write(encode_record(k, v, token_ids, identity))
-        self.store.put_kv(principal, cube.id, cube.version, identity.digest(), blob, len(token_ids))
-        return True
+    # -- building --------------------------------------------------------------------------------
+
+    def build(self, principal: Principal, cubes: Sequence[MemCube]) -> int:
+        """Encodes and stores the records that these memories lack; left contexts are computed once for all of
+        them. Returns how many memories got any."""
+        lacking: dict[str, list[tuple[MemCube, tuple[int, ...], RecordIdentity]]] = {
+            ANCHORED: [],
+            AVERAGED: [],
+        }
+        for cube in cubes:
+            ids = () if cube.body is None else self.layout.memory(cube.body)
+            for form, identity in (self.identities(principal, ids) if ids else {}).items():
+                if self.store.find_kv(principal, cube.id, identity.digest()) is None:
+                    lacking[form].append((cube, ids, identity))
+        built = set()
+        for cube, ids, identity in lacking[ANCHORED]:
+            k, v = self.decoder.encode_span(self.layout.anchor, ids)
+            self._put(principal, cube, KVRecord(k, v, ids, "", identity.anchor), identity)
+            built.add(cube.id)
+        alike: dict[tuple[str, ...], list[Missing]] = {}
+        for item in lacking[AVERAGED]:
+            alike.setdefault(item[2].left_contexts, []).append(item)
+        for group in alike.values():
+            built |= self._build_averaged(principal, group)
+        return len(built)
+
+    def _build_averaged(self, principal: Principal, group: Sequence[Missing]) -> set[str]:
+        """For memories that take the same left contexts. A pool that is too small for one leaves them out."""
+        spans = [ids for _, ids, _ in group]
+        contexts = [ids for ids, _ in self.contexts(max(map(len, spans)))]
+        try:
+            averages = encode_averaged(self.decoder, self.layout.anchor, spans, contexts)
+        except OutOfPagesError as error:
+            log.warning("memos_engine: no averaged KV was made (%s)", error)
+            return set()
+        for (cube, ids, identity), made in zip(group, averages, strict=True):
+            record = KVRecord(made.k, made.v, ids, "", "", made.sigma_v.to(torch.float16), made.rank)
+            self._put(principal, cube, record, identity)
+        return {cube.id for cube, _, _ in group}
+
+    def _put(self, principal: Principal, cube: MemCube, record: KVRecord, identity: RecordIdentity) -> None:
+        blob = self.store.vault.write(encode_record(record, identity))
+        self.store.put_kv(principal, cube.id, cube.version, identity.digest(), blob, record.num_tokens)
+
+    # -- the host tier ---------------------------------------------------------------------------
 
     def evict(self) -> None:
         """Empties the host tier."""
@@ -118,9 +196,10 @@ class ActivationMemory:
             return self._host.pop(key, None)
 
     def _keep(self, key: str, record: KVRecord) -> None:
-        if record.nbytes > self.host_bytes:
+        most = self.config.host_bytes
+        if record.nbytes > most:
             return
         with self._lock:
             self._host[key] = record
-            while sum(r.nbytes for r in self._host.values()) > self.host_bytes:
+            while sum(r.nbytes for r in self._host.values()) > most:
                 self._host.popitem(last=False)

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from memos_engine.activation import ActivationMemory, Miss
+from memos_engine.activation import ActivationMemory, StoredKV
 from memos_engine.chats import Chat, Chats
-from memos_engine.config import SYSTEM_PROMPT, DecoderConfig, MemoryConfig, SamplingParams
+from memos_engine.config import SYSTEM_PROMPT, DecoderConfig, MemoryConfig, Recompute, SamplingParams
 from memos_engine.decoder.engine import DecoderEngine, StepOutput
 from memos_engine.decoder.live import LiveWeights
-from memos_engine.decoder.record import KVRecord
 from memos_engine.decoder.sequence import KVSpan, Span, Stats, TextSpan
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.decoder.weights import Weights
@@ -27,13 +26,13 @@ from memos_engine.errors import (
     OutOfPagesError,
     StoreError,
 )
-from memos_engine.memory.cube import MemCube
 from memos_engine.memory.embed import Embedder, default_embedder
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import Candidate, MemOperator
-from memos_engine.memory.scheduler import KVAvailability, MemScheduler, Plan, PlanInput, PlanRequest
+from memos_engine.memory.scheduler import MemScheduler, Plan, PlanInput, PlanRequest
 from memos_engine.memory.store import MemoryStore
 from memos_engine.models import resolve
+from memos_engine.planning import plan_input, plan_with_records
 from memos_engine.prompt import PromptLayout, eos_ids, load_tokenizer
 from memos_engine.reply import Prepared
 from memos_engine.user import UserMemory
@@ -68,7 +67,7 @@ class MemoryEngine:
         self._embedder = embedder
         self._operator: MemOperator | None = None
         if store is not None:
-            self.activation = ActivationMemory(decoder, self.layout, store, self.config.host_bytes)
+            self.activation = ActivationMemory(decoder, self.layout, store, self.config)
 
     @classmethod
     def open(
@@ -208,12 +207,14 @@ class MemoryEngine:
         max_memories: int | None = None,
         answer: int = 1,
         chat: Chat | None = None,
+        recompute: float | None = None,
     ) -> Prepared:
         """Retrieves, plans and lays out: head | memories | tail.
 
         head: ids in front of the memories (the anchor, perhaps history); tail: ids behind them; answer:
         tokens the caller may want, for which memories leave room (up to a quarter of the window). chat: the
         conversation that all this goes behind; memories that it holds already are not put in again.
+        recompute: share of the memories' tokens to compute again (default: the configuration's).
         """
         start = time.perf_counter()
         self.refresh()
@@ -224,24 +225,27 @@ class MemoryEngine:
         if self.store is not None and form != "none" and limit > 0:
             candidates = self.operator.recall(principal, query, k=limit)
         retrieved = time.perf_counter()
-        records, inputs, texts = {}, [], {}
+        exact = head == self.layout.anchor and not behind
+        stored: dict[str, StoredKV] = {}
+        inputs: list[PlanInput] = []
+        texts: dict[str, tuple[int, ...]] = {}
         for candidate in candidates:
             cube = candidate.cube
             if chat is not None and cube.id in chat.cube_ids:
                 continue
             texts[cube.id] = self.layout.memory(cube.body or "")
-            wanted = form != "text" and candidate.score >= self.config.min_score
+            found = StoredKV({}, "no KV was looked for")
             try:
-                found: KVRecord | Miss = Miss("no KV was looked for")
-                if wanted and self.activation is not None:
-                    found = self.activation.lookup(principal, cube, texts[cube.id])
+                if (
+                    form != "text"
+                    and candidate.score >= self.config.min_score
+                    and self.activation is not None
+                ):
+                    found = self.activation.find(principal, cube, texts[cube.id])
             except MemoryNotFoundError:  # deleted since it was found
                 continue
-            if isinstance(found, KVRecord):
-                records[cube.id] = found
-            available = _availability(found, exact=head == self.layout.anchor and not behind)
-            inputs.append(PlanInput(cube.id, candidate.score, len(texts[cube.id]), available))
-        fetched = time.perf_counter()
+            stored[cube.id] = found
+            inputs.append(plan_input(cube.id, candidate.score, len(texts[cube.id]), found, exact))
         fits = min(self.decoder.spec.max_positions, self.decoder.pool_tokens) - 1
         window = fits - len(head) - len(tail) - behind
         if window < 0:
@@ -251,12 +255,14 @@ class MemoryEngine:
                 "pool_tokens."
             )
         window = max(0, window - min(answer, fits // 4))
-        plan = self.scheduler.plan(
-            inputs,
-            PlanRequest(
-                form=form, max_memory_tokens=window, max_memories=limit, min_score=self.config.min_score
-            ),
+        request = PlanRequest(
+            form=form,
+            max_memory_tokens=window,
+            max_memories=limit,
+            min_score=self.config.min_score,
+            recompute=self.config.recompute if recompute is None else recompute,
         )
+        plan, records, fetch_ms = plan_with_records(self.scheduler, self.activation, inputs, request, stored)
         spans: list[Span] = [TextSpan(head)] if behind and head else [] if behind else self._head(head, plan)
         for segment in plan.segments:
             cube_id = segment.cube_id
@@ -265,8 +271,8 @@ class MemoryEngine:
         planned = time.perf_counter()
         timings = {
             "retrieve": (retrieved - start) * 1e3,
-            "fetch": (fetched - retrieved) * 1e3,
-            "plan": (planned - fetched) * 1e3,
+            "fetch": fetch_ms,
+            "plan": (planned - retrieved) * 1e3 - fetch_ms,
         }
         return Prepared(spans, plan, principal, {c.cube.id: c.cube for c in candidates}, timings)
 
@@ -299,7 +305,9 @@ class MemoryEngine:
         """Decodes a prepared request. Returns the answer's ids without a stop token, what it cost, and the
         finish reason (stop or length)."""
         session = None if chat is None else chat.pages
-        for out in self.decoder.generate(prepared.spans, params, self.salt(prepared.principal), session):
+        again = Recompute(prepared.plan.recompute)
+        salt = self.salt(prepared.principal)
+        for out in self.decoder.generate(prepared.spans, params, salt, session, recompute=again):
             seq = out.sequence
             if on_token is not None:
                 on_token(out)
@@ -317,24 +325,12 @@ class MemoryEngine:
         except MemosEngineError as error:
             log.warning("memos_engine: the use of memories was not recorded: %s", error)
         if self.config.build and self.activation is not None:
-            for segment in prepared.plan.segments:
-                if segment.form == "text":
-                    self._build(prepared.principal, prepared.cubes[segment.cube_id])
-
-    def _build(self, principal: Principal, cube: MemCube) -> None:
-        """Builds a record when nobody waits for it: the answer is out, so a failure is only logged."""
-        assert self.activation is not None
-        try:
-            self.refresh()
-            self.activation.build(principal, cube)
-        except MemosEngineError as error:
-            log.warning("memos_engine: the KV of memory %s was not stored: %s", cube.id, error)
-
-
-def _availability(found: KVRecord | Miss, exact: bool) -> KVAvailability:
-    if isinstance(found, Miss):
-        return KVAvailability(False, reason=found.reason)
-    return KVAvailability(True, tokens=found.num_tokens, exact_in_slot0=exact)
+            cubes = [prepared.cubes[s.cube_id] for s in prepared.plan.segments if s.form == "text"]
+            try:
+                self.refresh()
+                self.activation.build(prepared.principal, cubes)
+            except MemosEngineError as error:  # the answer is out: nobody waits for this
+                log.warning("memos_engine: the KV of memories was not stored: %s", error)
 
 
 def _as_tuple(value: Any) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from memos_engine.errors import MemosEngineError
 
 DTYPES = ("auto", "float32", "bfloat16")
 FORMS = ("auto", "text", "kv", "none")
+SELECTIONS = ("attention", "rank")
 # Chosen on invented facts, apart from the demo's: of 48 questions SmolLM2-135M answers 34 from memories as
 # text, against 26 with its template's own prompt, and splicing loses none of them (against 9).
 SYSTEM_PROMPT = (
@@ -98,15 +99,38 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Recompute:
+    """Which part of the spliced memories a request computes again.
+
+    share: memory tokens computed over all memory tokens (r); 1 is full prefill. by: attention (a first pass
+    of the query over the stored KV finds what it looks at and what depends on its neighbours) or rank (the
+    order that the records bring along, without a first pass). deadline_ms: counted from the request's
+    arrival; where the first pass ends later, it gives the first token and nothing is computed again.
+    """
+
+    share: float = 0.0
+    by: str = "attention"
+    deadline_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.share <= 1, f"recompute share {self.share}: must be between 0 and 1.")
+        _require(self.by in SELECTIONS, f"by={self.by!r}: use one of {', '.join(SELECTIONS)}.")
+        good = self.deadline_ms is None or (math.isfinite(self.deadline_ms) and self.deadline_ms >= 0)
+        _require(good, f"deadline_ms={self.deadline_ms}: must be a number of at least 0, or None.")
+
+
+@dataclass(frozen=True)
 class MemoryConfig:
     """How memories enter a request.
 
-    form: auto (stored KV where there is a usable record, else text), kv, text or none. max_memories: most
+    form: auto (stored KV where there is a usable record, else text), kv, text or none. recompute: share of
+    their tokens to compute again, from 0 (fastest) to 1 (full prefill; docs/splicing.md). max_memories: most
     memories of one request. min_score: cosine below which a memory is left out. build: make missing KV
     records after the reply, off the request's path. host_bytes: records kept decoded in host memory.
     """
 
     form: str = "auto"
+    recompute: float = 0.0
     max_memories: int = 4
     min_score: float = 0.15
     build: bool = True
@@ -114,6 +138,7 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         _require(self.form in FORMS, f"form={self.form!r}: use one of {', '.join(FORMS)}.")
+        _require(0 <= self.recompute <= 1, f"recompute={self.recompute}: must be between 0 and 1.")
         _require(self.max_memories >= 0, "max_memories: must not be negative.")
         _require(-1 <= self.min_score <= 1, "min_score: a cosine, so between -1 and 1.")
         _require(self.host_bytes >= 0, "host_bytes: must not be negative.")

@@ -13,7 +13,8 @@ import memos_engine
 from memos_engine import ops
 from memos_engine.config import DecoderConfig, SamplingParams
 from memos_engine.decoder.engine import DecoderEngine
-from memos_engine.decoder.record import KVRecord, ids_digest
+from memos_engine.decoder.identity import ids_digest
+from memos_engine.decoder.record import KVRecord
 from memos_engine.decoder.sequence import KVSpan, Span, TextSpan
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.decoder.weights import Weights, expected_shapes

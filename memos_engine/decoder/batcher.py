@@ -77,6 +77,7 @@ class Batcher:
         if session is not None and not session.closed:
             session.computed, session.epoch = seq.computed, seq.epoch
             session.spans = (*seq.spans, *seq.answer_span())
+            session.selected = (*seq.kept, *(seq.selected or ()))
             session.blocks, seq.blocks = seq.blocks, session.blocks
             self.sessions.pop(session, None)
             self.sessions[session] = None
@@ -123,6 +124,7 @@ class Batcher:
         seq.blocks += self.pool.allocate(wanted)
         self.waiting.popleft()
         self.running.append(seq)
+        seq.stats.recomputed_tokens = 0
         splices = seq.layout(reused)
         seq.stats.prefix_tokens = reused
         seq.stats.spliced_tokens = sum(s.record.num_tokens - s.skip for s in splices)
@@ -199,6 +201,7 @@ class Batcher:
         for session in self.sessions:
             self._empty(session)
             session.spans = tuple(TextSpan(span.token_ids) for span in session.spans)
+            session.selected = ()
 
     def fed(self, seq: Sequence) -> None:
         """A request got its next token from its caller."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence as Seq
 
 from torch import Tensor
 
-from memos_engine.config import DecoderConfig, SamplingParams
+from memos_engine.config import DecoderConfig, Recompute, SamplingParams
 from memos_engine.decoder.batcher import Batcher, Rows
 from memos_engine.decoder.blocks import BlockPool
 from memos_engine.decoder.encoding import SpanEncoder
@@ -20,7 +20,7 @@ from memos_engine.decoder.kvcache import KVCache
 from memos_engine.decoder.model import PagedDecoder
 from memos_engine.decoder.runner import ModelRunner
 from memos_engine.decoder.sampler import Sampler, sample
-from memos_engine.decoder.sequence import NO_TOKEN, Sequence, Span, StepOutput, TextSpan
+from memos_engine.decoder.sequence import NO_TOKEN, NOTHING, Sequence, Span, StepOutput, TextSpan
 from memos_engine.decoder.session import Session
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.decoder.weights import Weights
@@ -73,13 +73,15 @@ class DecoderEngine:
         sampled: bool = True,
         session: Session | None = None,
         on_output: Callable[[StepOutput], None] | None = None,
+        recompute: Recompute = NOTHING,
     ) -> Sequence:
         """Queues a request.
 
         root: salts the prefix index (one per tenant). sampled: False where the caller chooses the tokens: the
         request then stops at each `logits` until `feed`, and ends by `finish`. session: goes on behind the
         conversation so far; its root counts. on_output: called with each StepOutput, by whichever thread
-        steps.
+        steps. recompute: the part of the spliced memories to compute again; earlier requests of a session
+        keep what they chose.
 
         Raises ContextLengthError or OutOfPagesError for a prompt that can never run, MemoryInputError for ids
         outside the vocabulary, an empty prompt, or a session that is busy or closed.
@@ -100,6 +102,7 @@ class DecoderEngine:
                 sampled=sampled,
                 session=session,
                 on_output=on_output,
+                recompute=recompute,
             )
             sampler = Sampler(seq.params, self.runner.device)
             self.batcher.add(seq)
@@ -125,12 +128,13 @@ class DecoderEngine:
         params: SamplingParams | None = None,
         root: bytes = b"",
         session: Session | None = None,
+        recompute: Recompute = NOTHING,
     ) -> Iterator[StepOutput]:
         """Streams one request's tokens. Closing the iterator early frees its pages.
 
         Several threads may do so at once: whoever steps, everybody reads their own request.
         """
-        seq = self.add_request(spans, params, root, session=session)
+        seq = self.add_request(spans, params, root, session=session, recompute=recompute)
         seen = 0
         try:
             while seq.finish_reason is None or seen < len(seq.output):
@@ -271,11 +275,24 @@ class DecoderEngine:
             seq.pending = seq.pending[len(rows) :]
             if seq.stats.ttft_ms == 0.0:
                 seq.stats.prefill_ms += spent
-            if not seq.pending:
+            if not seq.pending and not self._refine(seq):
                 ready.append(index)
         if logits is not None and len(ready) < len(batch):
             logits = logits[ready]
         return [batch[i][0] for i in ready], logits, failed
+
+    def _refine(self, seq: Sequence) -> bool:
+        """After a request's first pass: whether it goes on to compute memory tokens again."""
+        if seq.probe is None:
+            return False
+        seq.stats.probe_ms = seq.stats.prefill_ms
+        deadline = seq.recompute.deadline_ms
+        if deadline is not None and seq.stats.since_created() >= deadline:
+            seq.selected, seq.probe = (), None
+            return False
+        seq.refine()
+        seq.stats.computed_tokens += len(seq.pending)
+        return bool(seq.pending)
 
     def _one_by_one(self, batch: list[Rows]) -> tuple[list[Sequence], Tensor | None, list[StepOutput]]:
         """After a failed forward: whose fault was it? What a row wrote before is written again."""

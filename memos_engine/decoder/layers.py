@@ -14,6 +14,22 @@ from memos_engine.ops import Backend
 
 
 @dataclass(slots=True)
+class ProbeInput:
+    """What `ops.attention_probe` gathers on the way, over all layers (docs/kernels.md).
+
+    q_pos `[tokens] int32`, -1 for rows that do not count; key_slots `[keys] int64`, key_pos `[keys] int32`,
+    key_start `[B + 1] int32`; weight `[layers, keys, kv_heads] float32`; scores `[keys] float32`.
+    """
+
+    q_pos: Tensor
+    key_slots: Tensor
+    key_pos: Tensor
+    key_start: Tensor
+    weight: Tensor
+    scores: Tensor
+
+
+@dataclass(slots=True)
 class StepInput:
     """One forward's index tensors; the runner fills them, the layers read them (docs/kernels.md).
 
@@ -30,6 +46,7 @@ class StepInput:
     seq_lens: Tensor
     max_query_len: int | None = None
     dense: bool = False
+    probe: ProbeInput | None = None
 
 
 @dataclass(slots=True)
@@ -69,6 +86,8 @@ def attention(
         ops.rope(q, step.positions, cos_sin)
     k_pages, v_pages = pages
     ops.append_kv(k, v, k_pages, v_pages, step.slot_mapping, step.positions, cos_sin)
+    probe = step.probe
+    lse = None if probe is None else torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     out = ops.paged_attention(
         q,
         k_pages,
@@ -79,9 +98,25 @@ def attention(
         step.positions,
         spec.sm_scale,
         spec.layers[index].window,
+        lse=lse,
         max_query_len=step.max_query_len,
         dense=step.dense,
     )
+    if probe is not None and lse is not None:
+        ops.attention_probe(
+            q,
+            k_pages,
+            step.query_start,
+            probe.q_pos,
+            lse,
+            probe.key_slots,
+            probe.key_pos,
+            probe.key_start,
+            probe.weight[index],
+            probe.scores,
+            spec.sm_scale,
+            spec.layers[index].window,
+        )
     out = ops.linear(out.reshape(tokens, -1), w.o)
     _add_biases((out, w.o_bias))
     return out, k, v

@@ -67,7 +67,8 @@ class PagedDecoder:
         hidden = F.embedding(step.token_ids, self.weights.embed)
         if spec.embed_scale != 1.0:
             hidden *= self._embed_scale
-        stack = self._layer_stack(cache, hidden.shape[0]) if capture is None else None
+        plain = capture is None and step.probe is None
+        stack = self._layer_stack(cache, hidden.shape[0]) if plain else None
         if stack is not None:
             return stack.run(
                 hidden,

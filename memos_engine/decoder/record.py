@@ -1,15 +1,14 @@
-"""The KV record: one memory's keys and values as a safetensors file, and the identity that guards it.
+"""The KV record: one memory's keys and values as a safetensors file (docs/kv-record.md).
 
-K is stored **before RoPE** and in the model's dtype, layer-major, so that it can be rotated once, in fp32, to
-wherever a request needs it. The file is self-describing: its header holds the identity and a checksum per
-tensor. Reading it back copies nothing.
+K is stored **before RoPE**, layer-major, so that it can be rotated once, in fp32, to wherever a request needs
+it; in the model's dtype, or as int8 with scales. The file is self-describing: its header holds the identity
+and a checksum per tensor. Reading it back copies nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,58 +17,18 @@ import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
+from memos_engine.decoder.identity import FORMAT_VERSION, RecordIdentity
 from memos_engine.errors import PayloadError
 
-FORMAT_VERSION = 1
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32}
-
-
-def ids_digest(token_ids: Sequence[int]) -> str:
-    """SHA-256 over token ids, each as four little-endian bytes."""
-    return hashlib.sha256(b"".join(int(t).to_bytes(4, "little") for t in token_ids)).hexdigest()
-
-
-@dataclass(frozen=True)
-class RecordIdentity:
-    """Everything a stored KV depends on. Two records may be swapped for one another only if all of it agrees.
-
-    left_contexts: digests of the token sequences that stood to the left when it was built (the anchor alone
-    here). tenant_salt: keeps tenants apart. Names of models or adapters never identify anything.
-    """
-
-    weights: str
-    tokenizer: str
-    geometry: str
-    dtype: str
-    anchor: str
-    left_contexts: tuple[str, ...]
-    tokens: str
-    tenant_salt: bytes
-    adapters: tuple[str, ...] = ()
-    quantizer: str = "none"
-    format_version: int = FORMAT_VERSION
-
-    def digest(self) -> str:
-        """Typed, length-prefixed SHA-256: no two different identities share an encoding."""
-        total = hashlib.sha256(b"memos_engine.kv_record")
-        for name in sorted(self.__dataclass_fields__):
-            value = getattr(self, name)
-            items = value if isinstance(value, tuple) else (value,)
-            total.update(_prefixed("f", name.encode()) + _prefixed("n", str(len(items)).encode()))
-            for item in items:
-                raw = item if isinstance(item, bytes) else str(item).encode()
-                total.update(_prefixed(type(item).__name__, raw))
-        return total.hexdigest()
-
-    def public(self) -> dict[str, Any]:
-        """The identity as the file's header shows it; the salt only as a digest."""
-        shown = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        shown["tenant_salt"] = hashlib.sha256(self.tenant_salt).hexdigest()
-        return json.loads(json.dumps(shown))  # type: ignore[no-any-return]
-
-
-def _prefixed(kind: str, raw: bytes) -> bytes:
-    return f"{kind}:{len(raw)}:".encode() + raw
+GROUP = 64  # tokens that share a scale of int8 K
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "I32": torch.int32,
+}
+_OPTIONAL = ("k_scale", "v_scale", "sigma_v", "rank")
 
 
 @dataclass(frozen=True)
@@ -77,7 +36,10 @@ class KVRecord:
     """k, v `[layers, tokens, kv_heads, head_dim]` (K unrotated); token_ids of the span; identity digest.
 
     left: digest of the exact token sequence the span was encoded behind: where a request has just that
-    sequence to the left, splicing the record is exact.
+    sequence to the left, splicing the record is exact; empty where it never is. k_scale
+    `[layers, ceil(tokens / 64), kv_heads, head_dim] float32` and v_scale `[layers, tokens, kv_heads] float32`
+    go with int8 K and V. sigma_v `[layers, tokens, kv_heads]` and rank `[tokens]`, floats: see
+    `averaging.AveragedKV`.
     """
 
     k: Tensor
@@ -85,6 +47,10 @@ class KVRecord:
     token_ids: tuple[int, ...]
     identity: str
     left: str
+    sigma_v: Tensor | None = None
+    rank: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
     header: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -93,23 +59,29 @@ class KVRecord:
 
     @property
     def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        named = {name: getattr(self, name) for name in ("k", "v", *_OPTIONAL)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
-def encode_record(k: Tensor, v: Tensor, token_ids: Sequence[int], identity: RecordIdentity) -> bytes:
-    """Serialises a record. Refuses NaN and infinity: they would poison every answer."""
-    if not (torch.isfinite(k).all() and torch.isfinite(v).all()):
-        raise PayloadError(
-            "The keys or values hold NaN or infinity; the record was not stored.", "not_finite"
-        )
-    ids = torch.tensor(list(token_ids), dtype=torch.int32)
-    tensors = {"k": k.contiguous(), "v": v.contiguous(), "token_ids": ids}
+def encode_record(record: KVRecord, identity: RecordIdentity) -> bytes:
+    """Serialises a record under this identity, whatever its own says.
+
+    Raises PayloadError: reason not_finite for NaN or infinity, which would poison every answer; format for
+    tensors that do not belong together.
+    """
+    _require_whole(record)
+    ids = torch.tensor(list(record.token_ids), dtype=torch.int32)
+    tensors = {name: tensor.contiguous() for name, tensor in record.tensors().items()} | {"token_ids": ids}
     header = {
         "format": "memos_engine.kv_record",
         "format_version": FORMAT_VERSION,
         "identity": identity.digest(),
         "identity_fields": identity.public(),
-        "left": identity.left_contexts[0],
+        "left": record.left,
         "checksums": {name: _checksums(t) for name, t in tensors.items()},
     }
     text = json.dumps(header)
@@ -146,11 +118,39 @@ def decode_record(data: memoryview, expected: RecordIdentity) -> KVRecord:
     for name, tensor in tensors.items():
         if _fast(tensor) != checksums[name]["xxh3_128"]:
             raise PayloadError(f"The KV record's tensor {name} is damaged.", "checksum")
-    if k.dim() != 4 or k.shape != v.shape or k.shape[1] != ids.numel():
-        raise PayloadError(f"The KV record's shapes disagree: {tuple(k.shape)}, {tuple(v.shape)}.", "format")
-    if not (torch.isfinite(k).all() and torch.isfinite(v).all()):
-        raise PayloadError("The KV record holds NaN or infinity.", "not_finite")
-    return KVRecord(k, v, tuple(ids.tolist()), identity, left, header)
+    optional = {name: tensors.get(name) for name in _OPTIONAL}
+    record = KVRecord(k, v, tuple(ids.tolist()), identity, left, **optional, header=header)
+    _require_whole(record)
+    return record
+
+
+def _require_whole(record: KVRecord) -> None:
+    """Refuses shapes and dtypes that do not belong together, and values that are no numbers."""
+    tensors = record.tensors()
+    layers, tokens, heads, dim = (*record.k.shape, 0, 0, 0, 0)[:4]
+    shapes = {
+        "k": (layers, record.num_tokens, heads, dim),
+        "v": (layers, record.num_tokens, heads, dim),
+        "k_scale": (layers, -(-tokens // GROUP), heads, dim),
+        "v_scale": (layers, tokens, heads),
+        "sigma_v": (layers, tokens, heads),
+        "rank": (tokens,),
+    }
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise PayloadError(
+                f"The KV record's shapes disagree: {name} is {tuple(tensor.shape)}, not {shapes[name]}.",
+                "format",
+            )
+    scaled = record.k.dtype == torch.int8
+    if record.v.dtype != record.k.dtype or {"k_scale", "v_scale"} & set(tensors) != (
+        {"k_scale", "v_scale"} if scaled else set()
+    ):
+        raise PayloadError(
+            "The KV record's dtypes disagree: int8 K and V have scales, others none.", "format"
+        )
+    if not all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point()):
+        raise PayloadError("The keys, values or scales of a KV record hold NaN or infinity.", "not_finite")
 
 
 def _view(data: memoryview, base: int, entry: dict[str, Any]) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 from memos_engine.decoder.batcher import Rows
 from memos_engine.decoder.graphs import graph_runner
 from memos_engine.decoder.kvcache import KVCache
-from memos_engine.decoder.layers import KVCapture, StepInput
+from memos_engine.decoder.layers import KVCapture, ProbeInput, StepInput
 from memos_engine.decoder.model import PagedDecoder
+from memos_engine.decoder.recompute import Probe
 from memos_engine.decoder.sequence import Sequence, Splice
 from memos_engine.decoder.splice import splice
 
@@ -41,17 +42,48 @@ class ModelRunner:
     def run(self, batch: Seq[Rows], capture: KVCapture | None = None) -> Tensor:
         """Computes rows of several requests in one forward.
 
-        Returns logits `[n, vocab] float32` of the last row of each of the n requests.
+        Returns logits `[n, vocab] float32` of the last row of each of the n requests. Rows of a request's
+        query add to its probe's scores, where it has one.
         """
         step = self.step_input(batch)
+        probed = self._probe(step, batch)
         single = len(batch) == step.token_ids.shape[0]  # one row each: all of them are last ones
         last = None if single else step.query_start[1:].long() - 1
         hidden = None
-        if self.graphs is not None and capture is None:
+        if self.graphs is not None and capture is None and step.probe is None:
             hidden = self.graphs.run(step, last)
         if hidden is None:
             hidden = self.model.forward(step, self.cache, rows=last, capture=capture)
+        if step.probe is not None:  # added only now: a forward that failed leaves nothing behind
+            sizes = [len(probe.positions) for probe in probed]
+            for probe, scores in zip(probed, torch.split(step.probe.scores, sizes), strict=True):
+                probe.scores += scores
         return self.model.logits(hidden)
+
+    def _probe(self, step: StepInput, batch: Seq[Rows]) -> list[Probe]:
+        """Fills `step.probe` for requests whose query runs while they still probe; returns their probes."""
+        query = [s.probe is not None and rows[-1] >= s.probe.first_row for s, rows in batch]
+        if not any(query):
+            return []
+        probes, slots, starts, counted = [], [], [0], []
+        for (seq, rows), probing in zip(batch, query, strict=True):
+            probe = seq.probe if probing else None
+            positions = np.asarray([] if probe is None else probe.positions, dtype=np.int64)
+            slots.append(self._slots(np.asarray(seq.blocks, dtype=np.int64), positions))
+            starts.append(starts[-1] + len(positions))
+            counted += [probe is not None and p >= probe.first_row for p in rows]
+            probes += [] if probe is None else [probe]
+        weight = probes[0].weight if len(probes) == 1 else torch.cat([p.weight for p in probes], dim=1)
+        key_pos = np.asarray([p for probe in probes for p in probe.positions], dtype=np.int32)
+        step.probe = ProbeInput(
+            q_pos=torch.where(self._put(np.asarray(counted)), step.positions, -1),
+            key_slots=self._put(np.concatenate(slots)),
+            key_pos=self._put(key_pos),
+            key_start=self._put(np.asarray(starts, dtype=np.int32)),
+            weight=weight,
+            scores=torch.zeros(len(key_pos), dtype=torch.float32, device=self.device),
+        )
+        return probes
 
     def step_input(self, batch: Seq[Rows]) -> StepInput:
         """Index tensors for rows (ascending positions) of several requests; shorter block tables end in the

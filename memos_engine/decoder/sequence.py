@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from memos_engine.config import SamplingParams
-from memos_engine.decoder.record import KVRecord, ids_digest
+from memos_engine.config import Recompute, SamplingParams
+from memos_engine.decoder.identity import ids_digest
+from memos_engine.decoder.recompute import Placed, Probe, by_rank, probe
+from memos_engine.decoder.record import KVRecord
 from memos_engine.errors import MemoryInputError
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 _ids = itertools.count(1)
 NO_TOKEN = -1
+NOTHING = Recompute()
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,11 @@ class TextSpan:
 
 @dataclass(frozen=True)
 class KVSpan:
-    """Tokens whose K and V come from a stored record."""
+    """Tokens whose K and V come from a stored record. memory: False for what counts as no memory (the
+    anchor)."""
 
     record: KVRecord
+    memory: bool = True
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -56,18 +61,22 @@ class Splice:
 class Stats:
     """What a request cost, in milliseconds on the wall clock; tokens by how they got there.
 
-    prefill_ms: the forwards up to the first token (shared with whatever else ran in them). preemptions: how
-    often its pages were taken and its plan replayed; the token counts are those of the last admission.
+    prefill_ms: the forwards up to the first token (shared with whatever else ran in them); probe_ms: how much
+    of that went before the tokens to compute again were known. computed_tokens counts recomputed_tokens too,
+    memory tokens from a record that were computed again. preemptions: how often its pages were taken and its
+    plan replayed; the token counts are those of the last admission.
     """
 
     created: float = field(default_factory=time.perf_counter)
     splice_ms: float = 0.0
+    probe_ms: float = 0.0
     prefill_ms: float = 0.0
     ttft_ms: float = 0.0
     total_ms: float = 0.0
     prefix_tokens: int = 0
     spliced_tokens: int = 0
     computed_tokens: int = 0
+    recomputed_tokens: int = 0
     preemptions: int = 0
 
     def since_created(self) -> float:
@@ -92,7 +101,9 @@ class Sequence:
 
     tokens: prompt, then answer. blocks: pages by position. pending: positions still to compute, ascending;
     empty while the request waits for a token. exact: leading prompt tokens whose K and V equal those of a
-    full prefill; the prefix index may hold only pages made of them.
+    full prefill; the prefix index may hold only pages made of them. probe: present until the first pass is
+    over. selected: positions of spliced tokens to compute again, None until they are known; kept: those of
+    the session's earlier requests.
     """
 
     def __init__(
@@ -104,11 +115,20 @@ class Sequence:
         sampled: bool = True,
         session: Session | None = None,
         on_output: Callable[[StepOutput], None] | None = None,
+        recompute: Recompute = NOTHING,
     ) -> None:
         if not spans or not isinstance(spans[-1], TextSpan) or not spans[-1].token_ids:
             raise MemoryInputError("A prompt must end in at least one token of text.")
         self.id = next(_ids)
-        self.spans: tuple[Span, ...] = (*(session.spans if session else ()), *spans)
+        before = session.spans if session else ()
+        self.recompute = recompute
+        if recompute.share == 1.0:
+            spans = [TextSpan(s.token_ids) if isinstance(s, KVSpan) and s.memory else s for s in spans]
+        self.spans: tuple[Span, ...] = (*before, *spans)
+        self.first_own = sum(len(span.token_ids) for span in before)
+        self.kept: tuple[int, ...] = session.selected if session else ()
+        self.selected: tuple[int, ...] | None = None if 0 < recompute.share < 1 else ()
+        self.probe: Probe | None = None
         self.params = params
         self.root = root
         self.sampled = sampled
@@ -148,6 +168,7 @@ class Sequence:
         """Every span becomes text: what was stored for it counts no longer."""
         self.spans = tuple(TextSpan(span.token_ids) for span in self.spans)
         self.exact, self.keys = self.prompt_len, []
+        self.kept, self.selected, self.probe = (), (), None
 
     def answer_span(self) -> tuple[Span, ...]:
         """The answer as text, for those who go on behind it."""
@@ -164,16 +185,61 @@ class Sequence:
         return end
 
     def layout(self, reused: int) -> list[Splice]:
-        """Sets `pending` and returns the splices, the first `reused` tokens being in pages already."""
-        splices, start = [], 0
+        """Sets `pending` and returns the splices, the first `reused` tokens being in pages already.
+
+        Where tokens are to be computed again, they are in `pending` if they are known; otherwise there is a
+        `probe`, and `refine` puts them there after the first pass.
+        """
+        splices: list[Splice] = []
+        placed: list[Placed] = []
+        start = memory_tokens = 0
         self.pending = []
         for span in self.spans:
             end = start + len(span.token_ids)
             first = max(start, reused)
-            if isinstance(span, KVSpan) and first < end:
-                splices.append(Splice(span.record, first, first - start))
-            elif isinstance(span, TextSpan):
+            if isinstance(span, KVSpan):
+                fresh = span.memory and start >= self.first_own
+                memory_tokens += len(span.token_ids) * fresh
+                if first < end:
+                    splices.append(Splice(span.record, first, first - start))
+                    if fresh and start >= self.exact:
+                        placed.append((first, first - start, span.record))
+            else:
                 self.pending.extend(range(first, end))
             start = end
         self.pending.extend(range(max(start, reused), len(self.tokens)))  # a replayed answer
+        self.probe = None
+        if self.selected is None:
+            self._choose(placed, round(self.recompute.share * memory_tokens))
+        self._compute_again(p for p in (*self.kept, *(self.selected or ())) if p >= reused)
         return splices
+
+    def _choose(self, placed: list[Placed], budget: int) -> None:
+        if not placed or not budget:
+            self.selected = ()
+        elif self.recompute.by == "rank":
+            self.selected = by_rank(placed, budget)
+        else:
+            query = self.prompt_len - len(self.spans[-1].token_ids)
+            self.probe = probe(placed, query, budget)
+
+    def refine(self) -> None:
+        """After the first pass: what it found is pending, and all text behind that once more."""
+        assert self.probe is not None
+        self.selected, self.probe = self.probe.selected(), None
+        if self.selected:
+            text: list[int] = []
+            start = 0
+            for span in self.spans:
+                end = start + len(span.token_ids)
+                if isinstance(span, TextSpan):
+                    text += range(max(start, self.selected[0]), end)
+                start = end
+            self.pending = text
+            self._compute_again(self.selected)  # what earlier requests chose lies before all this
+
+    def _compute_again(self, positions: Iterable[int]) -> None:
+        again = set(positions)
+        if again:
+            self.pending = sorted(again.union(self.pending))
+        self.stats.recomputed_tokens += len(again)

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 @dataclass(eq=False)
 class Session:
     """spans: everything so far, questions and answers. blocks: pages that hold the first `computed` tokens;
-    none where they were given away. epoch: that of the pool when the pages were made."""
+    none where they were given away. selected: positions of spliced tokens that were computed again. epoch:
+    that of the pool when the pages were made."""
 
     root: bytes = b""
     spans: tuple[Span, ...] = ()
+    selected: tuple[int, ...] = ()
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     epoch: int = 0

@@ -142,7 +142,7 @@ class Call:
         prompts = [Prompt.plain(ids) for ids in rows]
         if self.memories is not None:
             prompts = self.memories.prompts(
-                self.wish, rows, partial(self.memories.by_engine, engine, new=work.new)
+                self.wish, rows, partial(self.memories.by_engine, engine=engine, new=work.new)
             )
             reason = make_room(engine.decoder, [p.size for p in prompts] * work.copies, work.new)
             if reason is not None:

@@ -45,7 +45,7 @@ def decode_around(
         and type(work.cache) is DynamicCache
         and make_room(engine.decoder, sizes, work.new) is None
     ):
-        prompts = memories.prompts(wish, rows, partial(memories.by_engine, engine, new=work.new))
+        prompts = memories.prompts(wish, rows, partial(memories.by_engine, engine=engine, new=work.new))
         source: DecoderEngine | None = engine.decoder
     else:
         longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

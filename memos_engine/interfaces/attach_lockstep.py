@@ -137,7 +137,9 @@ class Lockstep:
         return True
 
     def _add(self, prompt: Prompt) -> Sequence:
-        return self.engine.add_request(prompt.spans, self.params, prompt.root, sampled=False)
+        return self.engine.add_request(
+            prompt.spans, self.params, prompt.root, sampled=False, recompute=prompt.recompute
+        )
 
 
 def _choose(scores: Tensor, sample: bool) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memos_engine.api import MemoryEngine
-from memos_engine.config import MemoryConfig
+from memos_engine.config import MemoryConfig, Recompute
 from memos_engine.decoder.sequence import Span, TextSpan
 from memos_engine.errors import ContextLengthError, MemoryInputError, MemosEngineError
 from memos_engine.memory.embed import Embedder, default_embedder
@@ -48,6 +48,10 @@ class Prompt:
         return self.size == len(self.ids)
 
     @property
+    def recompute(self) -> Recompute:
+        return Recompute(0.0 if self.prepared is None else self.prepared.plan.recompute)
+
+    @property
     def size(self) -> int:
         return sum(len(span.token_ids) for span in self.spans)
 
@@ -58,11 +62,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Wish:
-    """What one call asks for: users and queries (one, or one a row), and the form of its memories."""
+    """What one call asks for: users and queries (one, or one a row), the form of its memories, and the share
+    of their tokens to compute again."""
 
     user: Any = None
     query: Any = None
     form: str | None = None
+    recompute: float | None = None
 
 
 class Memories:
@@ -102,16 +108,24 @@ class Memories:
         """make: `by_engine` or `as_text`, called with ids, user and query of each row."""
         users = self.principals(wish, len(rows))
         queries = _by_row(wish.query, len(rows), "memory_query")
-        return [make(*row, form=wish.form) for row in zip(rows, users, queries, strict=True)]
+        return [make(*row, wish) for row in zip(rows, users, queries, strict=True)]
 
     def by_engine(
-        self, engine: MemoryEngine, ids: Ids, who: Principal, query: str | None, form: str | None, new: int
+        self, ids: Ids, who: Principal, query: str | None, wish: Wish, *, engine: MemoryEngine, new: int
     ) -> Prompt:
         """The row with its memories by the engine's plan; the caller's own ids where none enters."""
         head, tail = self._cut(ids)
         salt = engine.salt(who)
         try:
-            prepared = engine.prepare(who, self._query(query, tail), head, tail, form=form, answer=new)
+            prepared = engine.prepare(
+                who,
+                self._query(query, tail),
+                head,
+                tail,
+                form=wish.form,
+                recompute=wish.recompute,
+                answer=new,
+            )
         except (MemoryInputError, ContextLengthError) as error:
             if query is not None:
                 raise
@@ -128,7 +142,7 @@ class Memories:
             return Prompt.plain(ids, salt)
         return prompt
 
-    def as_text(self, ids: Ids, who: Principal, query: str | None, form: str | None, room: int) -> Prompt:
+    def as_text(self, ids: Ids, who: Principal, query: str | None, wish: Wish, *, room: int) -> Prompt:
         """The row with its memories as text, whatever form was asked for, in at most `room` more tokens."""
         head, tail = self._cut(ids)
         try:

@@ -199,6 +199,10 @@ def chat(
     model: ModelOption = "smollm2",
     dtype: DtypeOption = "auto",
     form: Annotated[str, typer.Option(help="How memories enter: auto, kv, text or none.")] = "auto",
+    recompute: Annotated[
+        float,
+        typer.Option(help="Share of stored memories computed again: 0 fastest, 1 full.", min=0, max=1),
+    ] = 0.0,
     memories: Annotated[int, typer.Option(help="Most memories of one request.", min=0)] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
@@ -212,7 +216,8 @@ def chat(
     from memos_engine.config import SamplingParams
 
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    with _engine(model, store, dtype, int8, form=form, max_memories=memories) as engine:
+    chosen = {"form": form, "recompute": recompute, "max_memories": memories}
+    with _engine(model, store, dtype, int8, **chosen) as engine:
         with notes.status("getting ready"):
             person = engine.ready().user(_user(user))
         if question is not None:

@@ -45,7 +45,7 @@ class PlanRequest:
 
     `form`: `auto` and `kv` take KV where there is a record and text elsewhere (`kv` says so in the reason),
     `text` takes text only, `none` takes no memory. `max_memory_tokens` is the room in the window. `recompute`
-    is the share of memory tokens to compute anew; only 0.0 is supported.
+    is the share of memory tokens to compute anew, 0 to 1.
     """
 
     form: str
@@ -59,10 +59,9 @@ class PlanRequest:
             raise MemoryInputError(f"form must be one of {', '.join(REQUEST_FORMS)}, not {self.form!r}.")
         if self.max_memory_tokens < 0 or self.max_memories < 0:
             raise MemoryInputError("max_memory_tokens and max_memories must be at least 0.")
-        if self.recompute != 0.0:
+        if not 0.0 <= self.recompute <= 1.0:
             raise MemoryInputError(
-                f"recompute={self.recompute!r} is not supported yet; leave it at 0.0, or ask for form='text' "
-                "to have every memory token computed."
+                f"recompute={self.recompute!r}: it is a share of the memory tokens, between 0 and 1."
             )
 
 

@@ -12,11 +12,13 @@ import torch
 from memos_engine.bench import forced, int8, quality, splicing, xquad
 from memos_engine.bench.document import read_result, result_path
 from memos_engine.bench.options import Options
+from memos_engine.bench.records import Stores
 
 from memos_engine.api import MemoryEngine
 from memos_engine.config import ConfigError, DecoderConfig
 from memos_engine.decoder.sequence import TextSpan
 from memos_engine.errors import MemosEngineError
+from memos_engine.neutral import left_contexts
 
 KEYS = {
     "method", "recompute", "memories", "kl_mean", "kl_low", "kl_high", "kl_p99", "kl_token1", "top1",
@@ -67,7 +69,7 @@ def engine(tiny_folder):
 @pytest.fixture(scope="module")
 def make_case(engine, data):
     """make_case(spans=None) -> Case of the data's first prompt, or of other memories."""
-    records = splicing.RecordCache(engine.decoder, engine.layout.anchor)
+    stores = Stores(engine.decoder, engine.layout.anchor, left_contexts(engine.layout, sizes=(1, 2)))
     dataset = xquad.load("xquad_en", data)
     (first,) = xquad.prompts(dataset, engine.layout, 3, Options(seed=5), 1)
 
@@ -75,8 +77,8 @@ def make_case(engine, data):
         spans = spans or first.memories
         ids = (*engine.layout.anchor, *(t for span in spans for t in span), *first.query)
         (reference,) = forced.references(engine.decoder, [ids], engine.eos_token_ids)
-        memories = tuple(records.get(span) for span in spans)
-        return splicing.Case(engine.decoder, records.anchor, memories, first.query, reference, "k")
+        kept = stores.anchored(spans), stores.stored(spans)
+        return splicing.Case(engine.decoder, stores.anchor, kept[0], first.query, reference, "k", kept[1])
 
     return make
 
@@ -102,7 +104,7 @@ def test_computing_everything_again_equals_full_prefill(make_case):
 def test_a_broken_recompute_is_refused(make_case):
     case = make_case()
     with pytest.raises(MemosEngineError, match="another distribution than full prefill"):
-        forced.require_exact(case.engine, splicing.spliced(case, 0.0), case.reference, (2,))
+        forced.require_exact(case.engine, splicing.anchored(case, 0.0), case.reference, (2,))
 
 
 @pytest.mark.parametrize("share", [0.05, 0.25, 0.6, 1.0])
@@ -138,7 +140,7 @@ def test_a_later_memory_never_changes_an_earlier_recomputed_key(make_case, engin
 
     def keys(spans, selected):
         case = make_case(spans)
-        plan = replace(splicing.spliced(case, 0.0), selected=selected)
+        plan = replace(splicing.anchored(case, 0.0), selected=selected)
         runner = engine.decoder.runner
         with forced.laid_out(engine.decoder, [plan]) as (request,):
             forced.forward(engine.decoder, [request], [[*selected, *request.pending]], [1])
@@ -165,7 +167,7 @@ def test_recomputed_tokens_see_the_recomputed_ones_before_them(make_case):
     """With a whole leading run computed again, that run is exact, whatever stands behind it."""
     case = make_case()
     run = tuple(range(case.starts[1], case.starts[2]))
-    plan = replace(splicing.spliced(case, 0.0), selected=run)
+    plan = replace(splicing.anchored(case, 0.0), selected=run)
     keys = []
     for one in (plan, splicing.computed(case, 1.0)):
         with forced.laid_out(case.engine, [one]) as (request,):
@@ -204,13 +206,13 @@ def test_plans_are_scored_alike_alone_and_together(make_case, monkeypatch):
 
 def test_records_leave_the_cache_when_room_is_short(engine):
     spans = [engine.layout.memory(f"Number {i}.") for i in range(4)]
-    size = splicing.RecordCache(engine.decoder, engine.layout.anchor).get(spans[0]).nbytes
-    cache = splicing.RecordCache(engine.decoder, engine.layout.anchor, nbytes=2 * size)
-    first = cache.get(spans[0])
-    assert cache.get(spans[0]) is first
-    for span in spans[1:]:
-        cache.get(span)
-    assert cache.get(spans[0]) is not first
+    stores = Stores(engine.decoder, engine.layout.anchor, [(5, 6)])
+    (record,) = stores.anchored(spans[:1])
+    small = Stores(engine.decoder, engine.layout.anchor, [(5, 6)], nbytes=2 * record.nbytes)
+    (first,) = small.anchored(spans[:1])
+    assert small.anchored(spans[:1])[0] is first
+    assert len(small.anchored(spans)) == 4  # more than it keeps
+    assert small.anchored(spans[:1])[0] is not first
 
 
 # -- data --------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from memos_engine.config import SamplingParams
 from memos_engine.decoder.aio import AsyncDecoder
-from memos_engine.decoder.record import KVRecord, ids_digest
+from memos_engine.decoder.identity import ids_digest
+from memos_engine.decoder.record import KVRecord
 from memos_engine.decoder.sequence import KVSpan, TextSpan
 from memos_engine.errors import MemoryInputError
 

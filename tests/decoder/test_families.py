@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from memos_engine.config import SamplingParams
-from memos_engine.decoder.record import KVRecord, ids_digest
+from memos_engine.decoder.identity import ids_digest
+from memos_engine.decoder.record import KVRecord
 from memos_engine.decoder.sequence import KVSpan, Splice, TextSpan
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.decoder.splice import splice

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from memos_engine.config import SamplingParams
-from memos_engine.decoder.record import KVRecord, ids_digest
+from memos_engine.decoder.identity import ids_digest
+from memos_engine.decoder.record import KVRecord
 from memos_engine.decoder.sequence import KVSpan, TextSpan
 from memos_engine.errors import PayloadError
 

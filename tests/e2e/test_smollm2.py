@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memos_engine import DecoderConfig, MemoryConfig, MemoryEngine, SamplingParams
-from memos_engine.decoder.record import KVRecord, ids_digest
+from memos_engine.decoder.identity import ids_digest
+from memos_engine.decoder.record import KVRecord
 from memos_engine.decoder.sequence import KVSpan, TextSpan
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]

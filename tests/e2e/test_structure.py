@@ -17,6 +17,8 @@ LAYER_OF = {
     "api": "api",
     "user": "api",
     "activation": "meeting",
+    "neutral": "meeting",
+    "planning": "meeting",
     "reply": "meeting",
     "chats": "meeting",
     "prompt": "meeting",

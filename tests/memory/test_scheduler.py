@@ -84,7 +84,8 @@ def test_a_memory_too_long_leaves_room_for_a_shorter_one() -> None:
     "options",
     [
         {"form": "both"},
-        {"recompute": 0.15},
+        {"recompute": 1.5},
+        {"recompute": -0.1},
         {"recompute": float("nan")},
         {"max_memory_tokens": -1},
         {"max_memories": -1},
