@@ -291,9 +291,11 @@ def test_rows_differences_and_controls(options):
     assert document["complete"]
     assert "samples" not in document
     assert [(done, total) for _, done, total in seen] == [(i, 5) for i in range(1, 6)]
-    rows = {row["method"]: row for row in document["rows"]}
+    # The engine has a row at each share; the one at 0 stands for it here.
+    rows = {row["method"]: row for row in reversed(document["rows"])}
     assert set(rows) == {*(m.name for m in methods), "full_bf16"}
-    for row in rows.values():
+    assert len(document["rows"]) == len(rows) + 1
+    for row in document["rows"]:
         assert set(row) == KEYS
         assert row["n"] == len(row["samples"]) == 5
         assert row["kl_low"] <= row["kl_mean"] <= row["kl_high"]
@@ -305,9 +307,10 @@ def test_rows_differences_and_controls(options):
     assert shares["full"] == 1
     assert shares["memos_engine"] == shares["none"] == 0
     assert shares["random"] == shares["first_k"] == shares["cacheblend"] == pytest.approx(0.25, abs=0.01)
+    assert shares["rank"] == pytest.approx(0.25, abs=0.01)
     names = [entry["name"] for entry in document["ratios"]]
     assert "KL of none minus memos_engine at r=0, 3 memories" in names
-    assert "KL of cacheblend at r=0.25 minus memos_engine at r=0, 3 memories" in names
+    assert "KL of cacheblend minus memos_engine at r=0.25, 3 memories" in names
     assert "answer F1 of memos_engine at r=0 minus full, 3 memories" in names
     assert all(entry["low"] <= entry["value"] <= entry["high"] for entry in document["ratios"])
     json.dumps(document)
@@ -319,7 +322,7 @@ def test_controls_are_clearly_worse_on_the_real_model(options, smollm2_path):
     document = quality.run(
         replace(options, model=str(smollm2_path), n=2, threads=1), methods=(*own, *splicing.CONTROLS)
     )
-    kl = {row["method"]: row["kl_mean"] for row in document["rows"]}
+    kl = {row["method"]: row["kl_mean"] for row in reversed(document["rows"])}  # the engine's at r = 0
     assert kl["full"] < 1e-7 < kl["full_bf16"]
     assert kl["memos_engine"] < kl["none"]
     assert min(kl["wrong_positions"], kl["shuffled_values"]) > 1.5 * kl["memos_engine"]
