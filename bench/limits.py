@@ -13,6 +13,9 @@ import torch
 
 from memos_engine.decoder.spec import ModelSpec
 
+REFINE = "refine"  # splice, then compute a share of the memories again
+REFINED = 0.15
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -93,13 +96,16 @@ class Limits:
         return 1e3 * tokens * self.spec.kv_bytes_per_token(self._size) / self.ceilings.disk_read
 
     def first_token(self, mode: str, anchor: int, context: int, query: int) -> float:
-        """`full` computes everything, `prefix` finds pages, `splice` copies them, `query_only` has none."""
+        """`full` computes everything, `prefix` finds pages, `splice` copies them, `query_only` has none; and
+        REFINE computes REFINED of what it copied once more, and the question twice."""
         if mode == "full":
             return self.forward(anchor + context + query, 0)
         if mode == "query_only":
             return self.forward(query, anchor)
         time = self.forward(query, anchor + context)
-        return time + self.splice(anchor + context) if mode == "splice" else time
+        if mode == REFINE:
+            time += self.forward(round(REFINED * context) + query, (anchor + context) // 2)
+        return time if mode == "prefix" else time + self.splice(anchor + context)
 
     def decode(self, context: int, batch: int) -> float:
         """One decode step of `batch` requests that have `context` tokens each."""

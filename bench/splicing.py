@@ -21,6 +21,7 @@ from memos_engine.bench.forced import Plan, Reference
 from memos_engine.config import Recompute
 from memos_engine.decoder.engine import DecoderEngine
 from memos_engine.decoder.identity import ids_digest
+from memos_engine.decoder.quantize import quantize_record
 from memos_engine.decoder.record import KVRecord
 from memos_engine.decoder.sequence import KVSpan, Span, TextSpan
 
@@ -114,6 +115,11 @@ def own(case: Case, share: float) -> Plan:
     return _by_engine(case, Recompute(share))
 
 
+def own_int8(case: Case, share: float) -> Plan:
+    """The same with K and V stored as int8, in slot 0 too."""
+    return own(replace(case, stored=tuple(quantize_record(record) for record in case.stored)), share)
+
+
 def ranked(case: Case, share: float) -> Plan:
     """Averaged records; the tokens with the highest ranks of their own, without a first pass."""
     return _by_engine(case, Recompute(share, by="rank"))
@@ -188,6 +194,7 @@ METHODS = (
     Method("full", full, fixed=1.0),
     Method("none", none, fixed=0.0),
     Method(OWN, own, at_zero=True),
+    Method("int8", own_int8, at_zero=True),
     Method("rank", ranked),
     Method("anchored", anchored, fixed=0.0),
     Method("random", at_random),

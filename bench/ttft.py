@@ -14,15 +14,16 @@ from typing import Any
 
 from memos_engine.bench import request, roofline, stats
 from memos_engine.bench.document import Document, Row
-from memos_engine.bench.limits import Limits
+from memos_engine.bench.limits import REFINE, REFINED, Limits
 from memos_engine.bench.options import Options, Progress, rounds_shown, silent
 from memos_engine.bench.peers import registry
 from memos_engine.bench.systems import OURS, Arm, Measured, Systems, check_systems, interleave, open_systems
 from memos_engine.bench.target import open_target
 from memos_engine.bench.workload import Workload, Workloads
 
-OWN_MODES = ("full", "prefix", "splice", "query_only")
-REUSE = {"full": "none", "prefix": "prefix", "splice": "pages", "query_only": "none"}
+OWN_MODES = ("full", "prefix", "splice", REFINE, "query_only")
+REUSE = {"full": "none", "prefix": "prefix", "splice": "pages", REFINE: "pages", "query_only": "none"}
+SHARE = {"full": 1.0, "splice": 0.0, REFINE: REFINED}
 WARMUP = 2
 REPEATS = 3  # of a short request in one turn; its median is the turn's sample
 
@@ -111,10 +112,12 @@ def _measure(
             "context": 0 if bare else context,
             "query": query,
             "memories": 0 if bare else memories,
-            "recompute": {"full": 1.0, "splice": 0.0}.get(arm.mode),
+            "recompute": SHARE.get(arm.mode),
             "dtype": limits.dtype,
-            "tier": tier if arm.mode in ("splice", "prefix") else None,
+            "tier": tier if REUSE[arm.mode] != "none" else None,
         }
+        if arm.mode == REFINE:
+            fields["mode"] = "splice"  # with another share
         limit = limits.first_token(arm.mode, len(work.anchor), context, query)
         rows.append(timed_row(arm, measured, fields, limit))
     return rows, ratios_of(measured, context, query, memories)
@@ -166,7 +169,8 @@ def _agreement(arm: Arm, measured: Measured) -> float | None:
 def ratios_of(measured: Measured, context: int, query: int, memories: int) -> list[Row]:
     """Ours against each system that reuses nothing, and against each that reuses a prefix, round by round."""
     wanted: list[tuple[str, tuple[str, str], tuple[str, str]]] = [
-        ("spliced / own full prefill", (OURS, "splice"), (OURS, "full"))
+        ("spliced / own full prefill", (OURS, "splice"), (OURS, "full")),
+        (f"spliced, {REFINED:.0%} recomputed / own full prefill", (OURS, REFINE), (OURS, "full")),
     ]
     for system, mode in measured.answers:
         if system != OURS and mode == "full":

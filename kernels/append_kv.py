@@ -35,15 +35,23 @@ def write_token(
     vp_token,
     vp_head,
     token,
+    k_scale,
+    v_scale,
+    ks_head,
+    vs_head,
     PAGE: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One token; the pointers are those of one layer. HALF is rotary_dim / 2, 0 for no rotation."""
+    """One token; the pointers are those of one layer. HALF is rotary_dim / 2, 0 for no rotation.
+
+    SCALED: values are int8; k_scale and v_scale point to the scales of this token.
+    """
     head = tl.arange(0, BLOCK_H)[:, None]
     channel = tl.arange(0, BLOCK_D)[None, :]
     inside = (head < HEADS) & (channel < DIM)
@@ -51,7 +59,10 @@ def write_token(
     offset = slot % PAGE
 
     k_row = k + token * k_token + head * k_head
-    x = tl.load(k_row + channel, mask=inside, other=0.0).to(tl.float32)
+    scale_row = k_scale + head * ks_head
+    x = tl.load(k_row + channel, mask=inside, other=0).to(tl.float32)
+    if SCALED:
+        x = x * tl.load(scale_row + channel, mask=inside, other=0.0)
     if HALF > 0:
         if INTERLEAVED:
             partner = channel ^ 1
@@ -62,7 +73,9 @@ def write_token(
             pair = channel % HALF
             first = channel < HALF
         turned = channel < 2 * HALF
-        y = tl.load(k_row + partner, mask=inside & turned, other=0.0).to(tl.float32)
+        y = tl.load(k_row + partner, mask=inside & turned, other=0).to(tl.float32)
+        if SCALED:
+            y = y * tl.load(scale_row + partner, mask=inside & turned, other=0.0)
         row = cos_sin + position * (2 * HALF)
         cos = tl.load(row + pair, mask=turned, other=1.0)
         sin = tl.load(row + HALF + pair, mask=turned, other=0.0)
@@ -70,7 +83,9 @@ def write_token(
     k_to = k_pages + block * kp_block + offset * kp_token + head * kp_head + channel
     tl.store(k_to, x.to(k_pages.dtype.element_ty), mask=inside)
 
-    value = tl.load(v + token * v_token + head * v_head + channel, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(v + token * v_token + head * v_head + channel, mask=inside, other=0).to(tl.float32)
+    if SCALED:
+        value = value * tl.load(v_scale + head * vs_head, mask=head < HEADS, other=0.0)
     v_to = v_pages + block * vp_block + offset * vp_token + head * vp_head + channel
     tl.store(v_to, value.to(v_pages.dtype.element_ty), mask=inside)
 
@@ -109,7 +124,8 @@ def append_kernel(
         write_token(
             k, v, k_pages, v_pages, slot, position, cos_sin,
             k_token, k_head, v_token, v_head, kp_block, kp_token, kp_head, vp_block, vp_token, vp_head, token,
-            PAGE, HEADS, DIM, HALF, INTERLEAVED, BLOCK_H, BLOCK_D,
+            k, v, 0, 0,
+            PAGE, HEADS, DIM, HALF, INTERLEAVED, False, BLOCK_H, BLOCK_D,
         )  # fmt: skip
 
 

@@ -13,8 +13,10 @@ import triton.language as tl
 from memos_engine.kernels.append_kv import write_token
 from torch import Tensor
 
+GROUP = 64  # tokens of a record that share a row of k_scale
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["first_token"])  # it differs from call to call
 def splice_kernel(
     k,
     v,
@@ -23,6 +25,9 @@ def splice_kernel(
     slot_mapping,
     positions,
     cos_sin,
+    k_scale,
+    v_scale,
+    first_token,
     k_layer,
     k_token,
     k_head,
@@ -37,14 +42,23 @@ def splice_kernel(
     vp_block,
     vp_token,
     vp_head,
+    ks_layer,
+    ks_group,
+    ks_head,
+    vs_layer,
+    vs_token,
+    vs_head,
     PAGE: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    SCALED: tl.constexpr,
+    GROUP_TOKENS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """SCALED: sources are int8; GROUP_TOKENS of a record share a row of k_scale."""
     token = tl.program_id(0).to(tl.int64)
     layer = tl.program_id(1).to(tl.int64)
     slot = tl.load(slot_mapping + token)
@@ -54,7 +68,9 @@ def splice_kernel(
             k + layer * k_layer, v + layer * v_layer, k_pages + layer * kp_layer, v_pages + layer * vp_layer,
             slot, position, cos_sin,
             k_token, k_head, v_token, v_head, kp_block, kp_token, kp_head, vp_block, vp_token, vp_head, token,
-            PAGE, HEADS, DIM, HALF, INTERLEAVED, BLOCK_H, BLOCK_D,
+            k_scale + layer * ks_layer + (first_token + token) // GROUP_TOKENS * ks_group,
+            v_scale + layer * vs_layer + token * vs_token, ks_head, vs_head,
+            PAGE, HEADS, DIM, HALF, INTERLEAVED, SCALED, BLOCK_H, BLOCK_D,
         )  # fmt: skip
 
 
@@ -67,11 +83,18 @@ def splice_kv(
     positions: Tensor,
     cos_sin: Tensor | None,
     interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    first_token: int = 0,
 ) -> None:
-    """`src [layers, tokens, kv_heads, head_dim]` into `[layers, blocks, page, kv_heads, head_dim]`."""
+    """`src [layers, tokens, kv_heads, head_dim]` into `[layers, blocks, page, kv_heads, head_dim]`.
+
+    With scales src is int8, as in `ops.splice_kv`.
+    """
     layers, tokens, heads, dim = src_k.shape
     if layers == 0 or tokens == 0:
         return
+    nothing = src_k.new_empty(0, dtype=torch.float32)
     splice_kernel[(tokens, layers)](
         src_k,
         src_v,
@@ -79,16 +102,23 @@ def splice_kv(
         v_pages,
         slot_mapping,
         positions,
-        src_k.new_empty(0, dtype=torch.float32) if cos_sin is None else cos_sin,
+        nothing if cos_sin is None else cos_sin,
+        nothing if k_scale is None else k_scale,
+        nothing if v_scale is None else v_scale,
+        first_token,
         *src_k.stride()[:3],
         *src_v.stride()[:3],
         *k_pages.stride()[:4],
         *v_pages.stride()[:4],
+        *((0, 0, 0) if k_scale is None else k_scale.stride()[:3]),
+        *((0, 0, 0) if v_scale is None else v_scale.stride()),
         PAGE=k_pages.shape[2],
         HEADS=heads,
         DIM=dim,
         HALF=0 if cos_sin is None else cos_sin.shape[1] // 2,
         INTERLEAVED=interleaved,
+        SCALED=k_scale is not None,
+        GROUP_TOKENS=GROUP,
         BLOCK_H=triton.next_power_of_2(heads),
         BLOCK_D=triton.next_power_of_2(dim),
         enable_fp_fusion=False,

@@ -21,6 +21,7 @@ from memos_engine.config import MemoryConfig
 from memos_engine.decoder.averaging import encode_averaged
 from memos_engine.decoder.engine import DecoderEngine
 from memos_engine.decoder.identity import RecordIdentity, ids_digest
+from memos_engine.decoder.quantize import INT8, quantize_record
 from memos_engine.decoder.record import KVRecord, decode_record, encode_record
 from memos_engine.decoder.sequence import KVSpan
 from memos_engine.decoder.weights import Weights
@@ -66,6 +67,10 @@ class ActivationMemory:
         self._lock = threading.Lock()
         self._anchor: tuple[Weights, KVSpan] | None = None
 
+    @property
+    def _int8(self) -> bool:
+        return self.config.kv_dtype == "int8"
+
     def anchor(self) -> KVSpan:
         """The anchor as a span: exact at the head of any prompt, computed once per process and weights."""
         weights = self.decoder.runner.model.weights
@@ -104,6 +109,7 @@ class ActivationMemory:
             left_contexts=(anchor,),
             tokens=ids_digest(token_ids),
             tenant_salt=self.salt(principal),
+            quantizer=INT8 if self._int8 else "none",
         )
         left = tuple(digest for _, digest in self.contexts(len(token_ids)))
         return {ANCHORED: anchored} | ({AVERAGED: replace(anchored, left_contexts=left)} if left else {})
@@ -181,6 +187,8 @@ class ActivationMemory:
         return {cube.id for cube, _, _ in group}
 
     def _put(self, principal: Principal, cube: MemCube, record: KVRecord, identity: RecordIdentity) -> None:
+        if self._int8:
+            record = quantize_record(record)
         blob = self.store.vault.write(encode_record(record, identity))
         self.store.put_kv(principal, cube.id, cube.version, identity.digest(), blob, record.num_tokens)
 

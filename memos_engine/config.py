@@ -9,6 +9,7 @@ from memos_engine.errors import MemosEngineError
 
 DTYPES = ("auto", "float32", "bfloat16")
 FORMS = ("auto", "text", "kv", "none")
+KV_DTYPES = ("auto", "int8")
 SELECTIONS = ("attention", "rank")
 # Chosen on invented facts, apart from the demo's: of 48 questions SmolLM2-135M answers 34 from memories as
 # text, against 26 with its template's own prompt, and splicing loses none of them (against 9).
@@ -126,7 +127,8 @@ class MemoryConfig:
     form: auto (stored KV where there is a usable record, else text), kv, text or none. recompute: share of
     their tokens to compute again, from 0 (fastest) to 1 (full prefill; docs/splicing.md). max_memories: most
     memories of one request. min_score: cosine below which a memory is left out. build: make missing KV
-    records after the reply, off the request's path. host_bytes: records kept decoded in host memory.
+    records after the reply, off the request's path. kv_dtype: how KV is stored, in the model's dtype (auto)
+    or as int8, at about half the bytes of bfloat16. host_bytes: records kept in host memory.
     """
 
     form: str = "auto"
@@ -134,6 +136,7 @@ class MemoryConfig:
     max_memories: int = 4
     min_score: float = 0.15
     build: bool = True
+    kv_dtype: str = "auto"
     host_bytes: int = 128 << 20
 
     def __post_init__(self) -> None:
@@ -141,4 +144,7 @@ class MemoryConfig:
         _require(0 <= self.recompute <= 1, f"recompute={self.recompute}: must be between 0 and 1.")
         _require(self.max_memories >= 0, "max_memories: must not be negative.")
         _require(-1 <= self.min_score <= 1, "min_score: a cosine, so between -1 and 1.")
+        _require(
+            self.kv_dtype in KV_DTYPES, f"kv_dtype={self.kv_dtype!r}: use one of {', '.join(KV_DTYPES)}."
+        )
         _require(self.host_bytes >= 0, "host_bytes: must not be negative.")

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memos_engine.bench.limits import REFINE, REFINED
 from serve import Unsupported, now_ms, serve
 
 import memos_engine
 from memos_engine import ops
-from memos_engine.config import DecoderConfig, SamplingParams
+from memos_engine.config import DecoderConfig, Recompute, SamplingParams
 from memos_engine.decoder.engine import DecoderEngine
 from memos_engine.decoder.identity import ids_digest
 from memos_engine.decoder.record import KVRecord
@@ -24,7 +25,7 @@ _ONCE = SamplingParams(max_new_tokens=1)
 
 
 class Worker:
-    """See `serve` for the protocol. Modes: full, prefix, splice, query_only."""
+    """See `serve` for the protocol. Modes: full, prefix, splice, refine, query_only."""
 
     def load(
         self, model: str, dtype: str, threads: int, max_tokens: int, device: str, random_weights: str | None
@@ -57,9 +58,16 @@ class Worker:
             before = tuple(t for part in parts[:-1] for t in part)
             list(self.engine.generate([TextSpan(before)], _ONCE))  # now its pages are there
         whole = self._spans("full" if mode == "prefix" else mode, parts)
-        (out,) = self.engine.generate(whole, _ONCE)
+        again = Recompute(REFINED if mode == REFINE else 0.0)
+        (out,) = self.engine.generate(whole, _ONCE, recompute=again)
         stats = out.sequence.stats
-        return {"ms": stats.ttft_ms, "token": out.token, "splice_ms": stats.splice_ms}
+        return {
+            "ms": stats.ttft_ms,
+            "token": out.token,
+            "splice_ms": stats.splice_ms,
+            "probe_ms": stats.probe_ms,
+            "prefill_ms": stats.prefill_ms,
+        }
 
     def build(self, parts: list[list[int]]) -> dict[str, Any]:
         """Encodes every memory of a prompt behind the anchor, as a store does once."""
@@ -176,10 +184,10 @@ class Worker:
             return [TextSpan(tuple(t for part in parts for t in part))]
         if mode == "query_only":
             memories = []
-        elif mode != "splice":
+        elif mode not in ("splice", REFINE):
             raise Unsupported(f"memos_engine has no mode {mode!r}")
         stored = [KVSpan(self._record(anchor, memory)) for memory in memories]
-        return [KVSpan(self._record((), anchor)), *stored, TextSpan(query)]
+        return [KVSpan(self._record((), anchor), memory=False), *stored, TextSpan(query)]
 
     def _record(self, left: Ids, span: Ids) -> KVRecord:
         key = left, span

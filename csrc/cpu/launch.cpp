@@ -34,6 +34,8 @@ Status write_kv(const KvWrite& a, int threads) {
         if (a.slot[i] >= a.blocks * a.page) return Status::bad_slot;
     if (a.cos_sin && !positions_fit(a.positions, a.tokens, a.max_position, a.slot))
         return Status::bad_position;
+    const bool grouped = a.first_token >= 0 && a.first_token <= a.groups * kScaleGroup - a.tokens;
+    if (a.k_scale && a.tokens > 0 && !grouped) return Status::bad_group;
     const Level& level = *selected_level();
     constexpr int64_t kTokens = 128;  // of one item
     const int64_t chunks = (a.tokens + kTokens - 1) / kTokens;

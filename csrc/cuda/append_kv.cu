@@ -11,7 +11,7 @@ __global__ void append_kernel(const KvWrite args) {
 
 cudaError_t append_kv(const KvWrite& args, cudaStream_t stream) {
     if (args.tokens == 0) return cudaSuccess;
-    with_types(args.src_dtype, args.page_dtype, [&](auto* from, auto* to) {
+    with_types(args, [&](auto* from, auto* to) {
         using From = std::remove_pointer_t<decltype(from)>;
         using To = std::remove_pointer_t<decltype(to)>;
         append_kernel<From, To><<<(unsigned)args.tokens, threads_for(args), 0, stream>>>(args);

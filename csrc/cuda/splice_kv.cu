@@ -12,11 +12,15 @@ __global__ void splice_kernel(const KvWrite args) {
 cudaError_t splice_kv(const KvWrite& args, cudaStream_t stream) {
     if (args.tokens == 0 || args.layers == 0) return cudaSuccess;
     const dim3 grid((unsigned)args.tokens, (unsigned)args.layers);
-    with_types(args.src_dtype, args.page_dtype, [&](auto* from, auto* to) {
+    const auto launch = [&](auto* from, auto* to) {
         using From = std::remove_pointer_t<decltype(from)>;
         using To = std::remove_pointer_t<decltype(to)>;
         splice_kernel<From, To><<<grid, threads_for(args), 0, stream>>>(args);
-    });
+    };
+    if (args.k_scale)
+        with_type(args.page_dtype, [&](auto* to) { launch((int8_t*)nullptr, to); });
+    else
+        with_types(args, launch);
     return cudaGetLastError();
 }
 

@@ -18,18 +18,68 @@ __device__ inline void narrow(float* to, float x) { *to = x; }
 __device__ inline void narrow(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
 __device__ inline void narrow(__half* to, float x) { *to = __float2half_rn(x); }
 
+// One head's source values as floats.
 template <class From>
-__device__ float rotated(const From* head, int64_t d, const float* cos_sin, int64_t half, bool interleaved) {
-    const float x = widen(head[d]);
+struct Stored {
+    const From* at;
+    __device__ float operator[](int64_t d) const { return widen(at[d]); }
+};
+
+// int8 with a scale for each channel.
+struct ScaledByChannel {
+    const int8_t* at;
+    const float* scale;
+    __device__ float operator[](int64_t d) const { return __fmul_rn((float)at[d], scale[d]); }
+};
+
+// int8 with one scale.
+struct Scaled {
+    const int8_t* at;
+    float scale;
+    __device__ float operator[](int64_t d) const { return __fmul_rn((float)at[d], scale); }
+};
+
+// The heads of one token.
+template <class From>
+struct Heads {
+    const KvWrite& a;
+    int64_t layer, token;
+    __device__ Stored<From> k(int64_t h) const {
+        return {(const From*)a.k + layer * a.k_layer + token * a.k_token + h * a.k_head};
+    }
+    __device__ Stored<From> v(int64_t h) const {
+        return {(const From*)a.v + layer * a.v_layer + token * a.v_token + h * a.v_head};
+    }
+};
+
+template <>
+struct Heads<int8_t> {
+    const KvWrite& a;
+    int64_t layer, token;
+    __device__ ScaledByChannel k(int64_t h) const {
+        const int64_t group = (a.first_token + token) / kScaleGroup;
+        return {(const int8_t*)a.k + layer * a.k_layer + token * a.k_token + h * a.k_head,
+                a.k_scale + layer * a.ks_layer + group * a.ks_group + h * a.ks_head};
+    }
+    __device__ Scaled v(int64_t h) const {
+        return {(const int8_t*)a.v + layer * a.v_layer + token * a.v_token + h * a.v_head,
+                a.v_scale[layer * a.vs_layer + token * a.vs_token + h * a.vs_head]};
+    }
+};
+
+template <class Head>
+__device__ float rotated(const Head& head, int64_t d, const float* cos_sin, int64_t half, bool interleaved) {
+    const float x = head[d];
     if (d >= 2 * half) return x;
     const bool first = interleaved ? d % 2 == 0 : d < half;
     const int64_t pair = interleaved ? d / 2 : d % half;
     const int64_t partner = interleaved ? (d ^ 1) : (first ? d + half : d - half);
-    const float y = widen(head[partner]);
+    const float y = head[partner];
     const float along = __fmul_rn(x, cos_sin[pair]), across = __fmul_rn(y, cos_sin[half + pair]);
     return first ? __fsub_rn(along, across) : __fadd_rn(along, across);
 }
 
+// From is int8_t where there are scales.
 template <class From, class To>
 __device__ void write_token(const KvWrite& a, int64_t layer, int64_t token) {
     const int64_t slot = a.slot[token];
@@ -37,14 +87,13 @@ __device__ void write_token(const KvWrite& a, int64_t layer, int64_t token) {
     const int64_t block = slot / a.page, offset = slot % a.page;
     const int64_t half = a.cos_sin ? a.rotary_dim / 2 : 0;
     const float* row = a.cos_sin ? a.cos_sin + a.positions[token] * a.rotary_dim : nullptr;
-    const From* k = (const From*)a.k + layer * a.k_layer + token * a.k_token;
-    const From* v = (const From*)a.v + layer * a.v_layer + token * a.v_token;
+    const Heads<From> heads{a, layer, token};
     To* k_to = (To*)a.k_pages + layer * a.kp_layer + block * a.kp_block + offset * a.kp_token;
     To* v_to = (To*)a.v_pages + layer * a.vp_layer + block * a.vp_block + offset * a.vp_token;
     for (int64_t i = threadIdx.x; i < a.kv_heads * a.head_dim; i += blockDim.x) {
         const int64_t h = i / a.head_dim, d = i % a.head_dim;
-        narrow(k_to + h * a.kp_head + d, rotated(k + h * a.k_head, d, row, half, a.interleaved));
-        narrow(v_to + h * a.vp_head + d, widen(v[h * a.v_head + d]));
+        narrow(k_to + h * a.kp_head + d, rotated(heads.k(h), d, row, half, a.interleaved));
+        narrow(v_to + h * a.vp_head + d, heads.v(h)[d]);
     }
 }
 
@@ -53,27 +102,23 @@ inline int threads_for(const KvWrite& a) {
     return elements >= 256 ? 256 : elements > 128 ? 256 : elements > 64 ? 128 : 64;
 }
 
-// Calls f with null pointers of the two element types.
+// Calls f with a null pointer of the element type.
 template <class F>
-void with_types(DType from, DType to, F&& f) {
-    const auto inner = [&](auto* source) {
-        switch (to) {
-            case DType::f32:
-                return f(source, (float*)nullptr);
-            case DType::bf16:
-                return f(source, (__nv_bfloat16*)nullptr);
-            case DType::f16:
-                return f(source, (__half*)nullptr);
-        }
-    };
-    switch (from) {
+void with_type(DType dtype, F&& f) {
+    switch (dtype) {
         case DType::f32:
-            return inner((float*)nullptr);
+            return f((float*)nullptr);
         case DType::bf16:
-            return inner((__nv_bfloat16*)nullptr);
+            return f((__nv_bfloat16*)nullptr);
         case DType::f16:
-            return inner((__half*)nullptr);
+            return f((__half*)nullptr);
     }
+}
+
+// Calls f with null pointers of both element types, that of the sources and that of the pages.
+template <class F>
+void with_types(const KvWrite& a, F&& f) {
+    with_type(a.page_dtype, [&](auto* to) { with_type(a.src_dtype, [&](auto* from) { f(from, to); }); });
 }
 
 }  // namespace memos_engine::cuda

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from memos_engine.decoder.identity import FORMAT_VERSION, RecordIdentity
 from memos_engine.errors import PayloadError
+from memos_engine.ops.int8_kv import GROUP
 
-GROUP = 64  # tokens that share a scale of int8 K
 _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,

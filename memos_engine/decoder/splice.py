@@ -18,7 +18,15 @@ def splice(model: PagedDecoder, cache: KVCache, part: Splice, slots: torch.Tenso
     spec, record = model.spec, part.record
     if (record.k.shape[0], *record.k.shape[2:]) != (spec.num_layers, spec.num_kv_heads, spec.head_dim):
         raise PayloadError(f"A record of shape {tuple(record.k.shape)} does not fit this model.", "identity")
-    k, v = (t[:, part.skip :].to(slots.device) for t in (record.k, record.v))
+    rows = slice(part.skip, None)
+    k, v = (t[:, rows].to(slots.device) for t in (record.k, record.v))
     positions = torch.arange(part.start, part.start + k.shape[1], dtype=torch.int32, device=slots.device)
     for layers, table in model.table_groups:
-        model.ops.splice_kv(k[layers], v[layers], cache.k[layers], cache.v[layers], slots, positions, table)
+        target = cache.k[layers], cache.v[layers], slots, positions, table
+        if record.k_scale is None or record.v_scale is None:
+            model.ops.splice_kv(k[layers], v[layers], *target)
+        else:
+            k_scale, v_scale = (t[layers].to(slots.device) for t in (record.k_scale, record.v_scale[:, rows]))
+            model.ops.splice_kv(
+                k[layers], v[layers], *target, k_scale=k_scale, v_scale=v_scale, first_token=part.skip
+            )

@@ -156,17 +156,30 @@ def splice_kv(
     positions: Tensor,
     cos_sin: Tensor | None,
     interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    first_token: int = 0,
 ) -> None:
     """Writes a stored record into the pages of all layers, rotating K to its new positions.
 
     `src_k, src_v [layers, tokens, kv_heads, head_dim]` (K unrotated, any float dtype) go into
     `k_pages, v_pages [layers, blocks, page, kv_heads, head_dim]`; the rest is as in `append_kv`, and so is
     every bit that is written.
+
+    With scales, src_k and src_v are int8 and stand for their products with the scales in float32, which are
+    rotated and rounded once, as any other source.
+
+    Args:
+        k_scale: `[layers, groups, kv_heads, head_dim] float32`, of the whole record; its token t belongs to
+            group `t // 64`.
+        v_scale: `[layers, tokens, kv_heads] float32`, of the tokens given.
+        first_token: which token of the record the first one given is.
     """
+    scales = (k_scale, v_scale, first_token)
     if _checks:
-        contracts.write_kv(src_k, src_v, k_pages, v_pages, slot_mapping, positions, cos_sin, layers=True)
+        contracts.write_kv(src_k, src_v, k_pages, v_pages, slot_mapping, positions, cos_sin, True, *scales)
     backend_for(src_k.device).splice_kv(
-        src_k, src_v, k_pages, v_pages, slot_mapping, positions, cos_sin, interleaved
+        src_k, src_v, k_pages, v_pages, slot_mapping, positions, cos_sin, interleaved, *scales
     )
 
 

@@ -97,6 +97,9 @@ class Backend(Protocol):
         positions: Tensor,
         cos_sin: Tensor | None,
         interleaved: bool = False,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+        first_token: int = 0,
     ) -> None: ...
 
     def rms_norm(

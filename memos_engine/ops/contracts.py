@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memos_engine.errors import KernelContractError
+from memos_engine.ops.int8_kv import GROUP
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -82,11 +83,19 @@ def write_kv(
     positions: Tensor,
     cos_sin: Tensor | None,
     layers: bool,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    first_token: int = 0,
 ) -> None:
     """For append_kv (`layers` False) and splice_kv (True: one more dimension in front)."""
     extra = int(layers)
-    _floats("k", k, 3 + extra)
-    _like("v", v, k, "k")
+    if k_scale is not None and v_scale is not None:
+        _int8_sources(k, v, k_scale, v_scale, first_token)
+    elif k_scale is not None or v_scale is not None:
+        _fail("int8 sources need both k_scale and v_scale, float sources neither")
+    else:
+        _floats("k", k, 3 + extra)
+        _like("v", v, k, "k")
     _pages(k_pages, v_pages, 4 + extra)
     if k.shape[-2:] != k_pages.shape[-2:] or (layers and k.shape[0] != k_pages.shape[0]):
         _fail(f"k {list(k.shape)} does not fit pages {list(k_pages.shape)} (layers, kv_heads, head_dim)")
@@ -95,7 +104,28 @@ def write_kv(
     _index("positions", positions, torch.int32, (tokens,))
     if cos_sin is not None:
         _table(cos_sin, k.shape[-1])
-    _devices(k, v, k_pages, v_pages, slot_mapping, positions, cos_sin)
+    _devices(k, v, k_pages, v_pages, slot_mapping, positions, cos_sin, k_scale, v_scale)
+
+
+def _int8_sources(k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor, first_token: int) -> None:
+    for name, tensor in (("k", k), ("v", v)):
+        _layout(name, tensor, 4)
+        if tensor.dtype != torch.int8 or tensor.shape != k.shape:
+            _fail(f"{name} with scales must be int8 {list(k.shape)}, not {tensor.dtype} {list(tensor.shape)}")
+    layers, tokens, heads, dim = k.shape
+    _layout("k_scale", k_scale, 4)
+    groups = k_scale.shape[1]
+    for name, scale, shape in (
+        ("k_scale", k_scale, (layers, groups, heads, dim)),
+        ("v_scale", v_scale, (layers, tokens, heads)),
+    ):
+        if scale.dtype != torch.float32 or scale.shape != shape:
+            _fail(f"{name} must be float32 {list(shape)}, not {scale.dtype} {list(scale.shape)}")
+    if first_token < 0:
+        _fail(f"first_token must be 0 or positive, not {first_token}")
+    if tokens and first_token + tokens > groups * GROUP:
+        last = first_token + tokens - 1
+        _fail(f"token {last} of the record is in group {last // GROUP}, but k_scale has {groups} groups")
 
 
 def rope(x: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
@@ -148,10 +178,14 @@ def _fail(message: str) -> NoReturn:
 
 
 def _floats(name: str, tensor: Tensor, dims: int) -> None:
-    if tensor.dim() != dims:
-        _fail(f"{name} must have {dims} dimensions, not {list(tensor.shape)}")
+    _layout(name, tensor, dims)
     if tensor.dtype not in FLOATS:
         _fail(f"{name} must be float32, float16 or bfloat16, not {tensor.dtype}")
+
+
+def _layout(name: str, tensor: Tensor, dims: int) -> None:
+    if tensor.dim() != dims:
+        _fail(f"{name} must have {dims} dimensions, not {list(tensor.shape)}")
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         _fail(f"the last dimension of {name} must be contiguous, its stride is {tensor.stride(-1)}")
 

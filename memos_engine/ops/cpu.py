@@ -13,6 +13,7 @@ from torch import Tensor, get_num_threads
 
 from memos_engine.errors import KernelContractError, MemosEngineError
 from memos_engine.ops import reference
+from memos_engine.ops.int8_kv import NO_SCALES, native_arguments
 
 NAME = "native"
 native: Any = importlib.import_module("memos_engine._cpu")
@@ -31,6 +32,7 @@ _MESSAGES = {
     5: "a position is negative or has no row in cos_sin; build a longer table with ops.rope_table",
     6: "key_start must ascend from 0 and stay within key_slots",
     7: "key_slots names a slot outside the pages",
+    8: "k_scale has no group for some token; first_token counts from the record's beginning",
 }
 
 
@@ -213,11 +215,16 @@ def splice_kv(
     positions: Tensor,
     cos_sin: Tensor | None,
     interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    first_token: int = 0,
 ) -> None:
     tensors = (src_k, src_v, k_pages, v_pages)
     strides = (src_k.stride(0), src_v.stride(0), k_pages.stride(0), v_pages.stride(0))
-    if not _write(tensors, src_k.shape[0], strides, slot_mapping, positions, cos_sin, interleaved):
-        reference.splice_kv(*tensors, slot_mapping, positions, cos_sin, interleaved)
+    rest = (slot_mapping, positions, cos_sin, interleaved)
+    scales = native_arguments(k_scale, v_scale, first_token)
+    if not _write(tensors, src_k.shape[0], strides, *rest, scales):
+        reference.splice_kv(*tensors, *rest, k_scale, v_scale, first_token)
 
 
 def _write(
@@ -228,10 +235,11 @@ def _write(
     positions: Tensor,
     cos_sin: Tensor | None,
     interleaved: bool,
+    scales: tuple[int, ...] = NO_SCALES,
 ) -> bool:
-    """Both writers; False when a dtype is not the native code's."""
+    """Both writers; False when a dtype is not the native code's. With scales, sources are int8."""
     k, v, k_pages, v_pages = tensors
-    src_dtype, page_dtype = DTYPES.get(k.dtype), DTYPES.get(k_pages.dtype)
+    src_dtype, page_dtype = 0 if scales[0] else DTYPES.get(k.dtype), DTYPES.get(k_pages.dtype)
     if src_dtype is None or page_dtype is None:
         return False
     tokens, kv_heads, dim = k.shape[-3:]
@@ -262,6 +270,7 @@ def _write(
             layer_strides[3],
             *v_pages.stride()[-4:-1],
             interleaved,
+            *scales,
             get_num_threads(),
         )
     )

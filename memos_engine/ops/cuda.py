@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memos_engine.ops import dense as dense_ops
 from memos_engine.ops import reference
+from memos_engine.ops.int8_kv import NO_SCALES, native_arguments
 from memos_engine.ops.reference import linear
 
 __all__ = [
@@ -189,12 +190,16 @@ def splice_kv(
     positions: Tensor,
     cos_sin: Tensor | None,
     interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    first_token: int = 0,
 ) -> None:
-    ops, tensors = _triton_for(src_k, k_pages), (src_k, src_v, k_pages, v_pages)
+    ops = _triton_for(k_pages) if k_scale is not None else _triton_for(src_k, k_pages)
+    tensors, rest = (src_k, src_v, k_pages, v_pages), (slot_mapping, positions, cos_sin, interleaved)
     if _native and ops is _triton:
-        _write(_native.splice_kv, tensors, slot_mapping, positions, cos_sin, interleaved)
+        _write(_native.splice_kv, tensors, *rest, native_arguments(k_scale, v_scale, first_token))
     else:
-        ops.splice_kv(*tensors, slot_mapping, positions, cos_sin, interleaved)
+        ops.splice_kv(*tensors, *rest, k_scale, v_scale, first_token)
 
 
 def _write(
@@ -204,6 +209,7 @@ def _write(
     positions: Tensor,
     cos_sin: Tensor | None,
     interleaved: bool,
+    scales: tuple[int, ...] = NO_SCALES,
 ) -> None:
     """Launches on the current stream of the tensors' device; all four tensors have a layer dimension."""
     k, _, k_pages, _ = tensors
@@ -213,7 +219,7 @@ def _write(
         slot_mapping.data_ptr(),
         positions.data_ptr(),
         0 if cos_sin is None else cos_sin.data_ptr(),
-        _DTYPES[k.dtype],
+        _DTYPES.get(k.dtype, 0),  # int8 is told by its scales
         _DTYPES[k_pages.dtype],
         layers,
         tokens,
@@ -223,5 +229,6 @@ def _write(
         *((0, 0) if cos_sin is None else cos_sin.shape),
         *(stride for t in tensors for stride in t.stride()[:-1]),
         interleaved,
+        *scales,
         torch.cuda.current_stream(k.device).cuda_stream,
     )

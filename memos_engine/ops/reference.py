@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memos_engine.ops.int8_kv import dequantize_k, dequantize_v
+
 NAME = "reference"
 
 
@@ -147,12 +149,18 @@ def splice_kv(
     positions: Tensor,
     cos_sin: Tensor | None,
     interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    first_token: int = 0,
 ) -> None:
     """Writes stored, unrotated K and V of all layers: `append_kv` layer by layer."""
     for layer in range(src_k.shape[0]):
+        k, v = src_k[layer], src_v[layer]
+        if k_scale is not None and v_scale is not None:
+            k, v = dequantize_k(k, k_scale[layer], first_token), dequantize_v(v, v_scale[layer])
         append_kv(
-            src_k[layer],
-            src_v[layer],
+            k,
+            v,
             k_pages[layer],
             v_pages[layer],
             slot_mapping,

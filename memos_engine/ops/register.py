@@ -2,7 +2,8 @@
 
 Importing this module registers them. They are defined with `Library.define` rather than `custom_op`, whose
 calls cost eight times as much. An op that mutates says so in its schema; optional outputs have no place in a
-schema, so `paged_attention_out` and `add_rms_norm` are ops of their own.
+schema, so `paged_attention_out` and `add_rms_norm` are ops of their own; `splice_kv_int8`, which has scales,
+is one as well.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _PROBE = (
     "Tensor key_pos, Tensor key_start, Tensor weight, Tensor(a!) scores, float sm_scale, int window"
 )
 _WRITE = (
-    "Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slot_mapping, Tensor positions, "
-    "Tensor? cos_sin, bool interleaved=False"
+    "Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slot_mapping, Tensor positions, Tensor? cos_sin, "
+    "bool interleaved=False"
 )
 
 
@@ -66,6 +67,24 @@ def _paged_attention_out(
     )
 
 
+def _splice_kv_int8(
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_mapping: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor | None,
+    interleaved: bool = False,
+    first_token: int = 0,
+) -> None:
+    ops.splice_kv(
+        k, v, k_pages, v_pages, slot_mapping, positions, cos_sin, interleaved, k_scale, v_scale, first_token
+    )
+
+
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     return ops.rms_norm(x, weight, eps, residual)
 
@@ -82,8 +101,14 @@ _define(
     _nothing,
 )
 _define(f"attention_probe({_PROBE}=0) -> ()", ops.attention_probe, _nothing)
-_define(f"append_kv({_WRITE}) -> ()", ops.append_kv, _nothing)
-_define(f"splice_kv({_WRITE}) -> ()", ops.splice_kv, _nothing)
+_define(f"append_kv(Tensor k, Tensor v, {_WRITE}) -> ()", ops.append_kv, _nothing)
+_define(f"splice_kv(Tensor k, Tensor v, {_WRITE}) -> ()", ops.splice_kv, _nothing)
+_define(
+    f"splice_kv_int8(Tensor k, Tensor v, Tensor k_scale, Tensor v_scale, {_WRITE}, SymInt first_token=0) "
+    "-> ()",
+    _splice_kv_int8,
+    _nothing,
+)
 _define(
     "rope(Tensor(a!) x, Tensor positions, Tensor cos_sin, bool interleaved=False) -> ()", ops.rope, _nothing
 )

@@ -19,6 +19,7 @@ enum class Status : int32_t {
     bad_position = 5,     // a position has no row in cos_sin
     bad_key_start = 6,    // not ascending from 0, or beyond the probed keys
     bad_key_slot = 7,     // key_slots names a slot outside the pages
+    bad_group = 8,        // a source token lies in no group of k_scale
 };
 
 // softmax(q k^T * sm_scale) v over paged keys.
@@ -61,7 +62,11 @@ struct Probe {
     float sm_scale;
 };
 
-// Rotate K, round, scatter K and V into pages; `append_kv` is the case of one layer.
+constexpr int64_t kScaleGroup = 64;  // tokens of a record that share the scales of int8 K
+
+// Rotate K, round, scatter K and V into pages; `append_kv` is the case of one layer. With scales, k and v are
+// int8 and src_dtype means nothing: K is k times the scale of its channel and of its token's group in the
+// record, where token i is `first_token + i`; V is v times the scale of its token and head.
 struct KvWrite {
     const void* k;        // [layers, tokens, kv_heads, head_dim]
     const void* v;        // like k
@@ -75,6 +80,11 @@ struct KvWrite {
     int64_t k_layer, k_token, k_head, v_layer, v_token, v_head;                            // source strides
     int64_t kp_layer, kp_block, kp_token, kp_head, vp_layer, vp_block, vp_token, vp_head;  // page strides
     bool interleaved;
+    const float* k_scale = nullptr;  // [layers, groups, kv_heads, head_dim], the last contiguous
+    const float* v_scale = nullptr;  // [layers, tokens, kv_heads]
+    int64_t groups = 0, first_token = 0;
+    int64_t ks_layer = 0, ks_group = 0, ks_head = 0;
+    int64_t vs_layer = 0, vs_token = 0, vs_head = 0;
 };
 
 struct Rope {
