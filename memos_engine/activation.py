@@ -8,6 +8,7 @@ memory then goes in as text and the answer is right, only slower.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections import OrderedDict
@@ -84,6 +85,16 @@ class ActivationMemory:
         """Keeps tenants, and users inside one, apart: equal texts of two users have records of their own."""
         return self.store.keys.tenant_salt(f"{principal.tenant}\x1f{principal.user}")
 
+    @property
+    def model(self) -> str:
+        """Digest of what decides how well this model bears splicing: weights, layout and quantiser."""
+        parts = (self.decoder.runner.model.weights.digest, self.layout.digest, self.config.kv_dtype)
+        return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
+
+    def turn(self, off: str | None) -> None:
+        """Turns the use of stored KV off for this model, for a reason, or on again (None). It stays so."""
+        self.store.turn_splicing(self.model, off)
+
     # -- identity --------------------------------------------------------------------------------
 
     @cached_property
@@ -118,6 +129,9 @@ class ActivationMemory:
 
     def find(self, principal: Principal, cube: MemCube, token_ids: tuple[int, ...]) -> StoredKV:
         """Which records of a memory there are; nothing is read. token_ids: its span in this layout."""
+        off = self.store.splicing_off(self.model)
+        if off is not None:
+            return StoredKV({}, f"splicing is turned off for this model: {off}")
         records = {}
         for form, identity in self.identities(principal, token_ids).items():
             blob = self.store.find_kv(principal, cube.id, identity.digest())

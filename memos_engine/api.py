@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from memos_engine.activation import ActivationMemory, StoredKV
+from memos_engine.canary import Canary
 from memos_engine.chats import Chat, Chats
 from memos_engine.config import SYSTEM_PROMPT, DecoderConfig, MemoryConfig, Recompute, SamplingParams
 from memos_engine.decoder.engine import DecoderEngine, StepOutput
@@ -68,6 +69,7 @@ class MemoryEngine:
         self._operator: MemOperator | None = None
         if store is not None:
             self.activation = ActivationMemory(decoder, self.layout, store, self.config)
+        self.canary = Canary(decoder, self.config.canary, self.config.canary_kl)
 
     @classmethod
     def open(
@@ -274,7 +276,8 @@ class MemoryEngine:
             "fetch": fetch_ms,
             "plan": (planned - retrieved) * 1e3 - fetch_ms,
         }
-        return Prepared(spans, plan, principal, {c.cube.id: c.cube for c in candidates}, timings)
+        cubes = {c.cube.id: c.cube for c in candidates}
+        return Prepared(spans, plan, principal, cubes, timings, whole=not behind)
 
     def _head(self, head: tuple[int, ...], plan: Plan) -> list[Span]:
         """What stands before the memories; the anchor comes from its own record where KV follows."""
@@ -331,6 +334,21 @@ class MemoryEngine:
                 self.activation.build(prepared.principal, cubes)
             except MemosEngineError as error:  # the answer is out: nobody waits for this
                 log.warning("memos_engine: the KV of memories was not stored: %s", error)
+        if prepared.whole and self.activation is not None and self.canary.wants(prepared.spans):
+            self._check(prepared, self.activation)
+
+    def _check(self, prepared: Prepared, activation: ActivationMemory) -> None:
+        """The canary's look at a request; turns splicing off for the model where it drifts."""
+        try:
+            again = Recompute(prepared.plan.recompute)
+            self.canary.check(prepared.spans, again, self.salt(prepared.principal))
+            drift = self.canary.drift
+            if drift is not None:
+                log.warning("memos_engine: splicing is turned off for this model: %s", drift)
+                activation.turn(drift)
+                self.canary.latest.clear()
+        except MemosEngineError as error:
+            log.warning("memos_engine: the canary could not look: %s", error)
 
 
 def _as_tuple(value: Any) -> tuple[int, ...]:

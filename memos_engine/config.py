@@ -128,7 +128,9 @@ class MemoryConfig:
     their tokens to compute again, from 0 (fastest) to 1 (full prefill; docs/splicing.md). max_memories: most
     memories of one request. min_score: cosine below which a memory is left out. build: make missing KV
     records after the reply, off the request's path. kv_dtype: how KV is stored, in the model's dtype (auto)
-    or as int8, at about half the bytes of bfloat16. host_bytes: records kept in host memory.
+    or as int8, at about half the bytes of bfloat16. host_bytes: records kept in host memory. canary: share of
+    requests that are run again as full prefill, after the reply; where the first token is more than canary_kl
+    nats away in the mean, splicing is turned off for the model.
     """
 
     form: str = "auto"
@@ -137,6 +139,8 @@ class MemoryConfig:
     min_score: float = 0.15
     build: bool = True
     kv_dtype: str = "auto"
+    canary: float = 0.0
+    canary_kl: float = 0.25
     host_bytes: int = 128 << 20
 
     def __post_init__(self) -> None:
@@ -147,4 +151,6 @@ class MemoryConfig:
         _require(
             self.kv_dtype in KV_DTYPES, f"kv_dtype={self.kv_dtype!r}: use one of {', '.join(KV_DTYPES)}."
         )
+        _require(0 <= self.canary <= 1, f"canary={self.canary}: a share of requests, between 0 and 1.")
+        _require(self.canary_kl > 0, f"canary_kl={self.canary_kl}: nats, more than 0.")
         _require(self.host_bytes >= 0, "host_bytes: must not be negative.")

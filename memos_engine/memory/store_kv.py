@@ -21,6 +21,7 @@ from memos_engine.memory.vault import BlobRef
 
 GRACE_S = 3600.0
 _IDENTITY = re.compile(r"[!-~]{1,200}")  # printable ASCII without spaces
+_OFF = "splicing_off:"
 _REFS = "SELECT DISTINCT sha256, size, checksum FROM kv_artifact"
 
 
@@ -155,6 +156,25 @@ class KVRows(StoreBase):
                 append_audit(conn, self._now(), event)
         self._remove(BlobRef(*row) for row in rows)
         return count
+
+    def splicing_off(self, model: str) -> str | None:
+        """Why stored KV of this model (a digest) is not to be used; None: it may be."""
+        with self._db.read() as conn:
+            row = conn.execute("SELECT value FROM meta WHERE key = ?", (f"{_OFF}{model}",)).fetchone()
+        return None if row is None else str(row[0])
+
+    def turn_splicing(self, model: str, off: str | None) -> None:
+        """Turns the use of this model's stored KV off, for a reason, or on again (None); audited."""
+        key = f"{_OFF}{model}"
+        with self._db.write() as conn:
+            if off is None:
+                changed = conn.execute("DELETE FROM meta WHERE key = ?", (key,)).rowcount
+            else:
+                insert = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO NOTHING"
+                changed = conn.execute(insert, (key, off[:500])).rowcount
+            if changed:
+                event = {"event": "splicing_off", "model": model, "reason": off[:500]} if off else None
+                append_audit(conn, self._now(), event or {"event": "splicing_on", "model": model})
 
     def collect(self, grace_s: float = GRACE_S) -> int:
         """Remove files of the vault that no row names and older than `grace_s` seconds; returns how many."""

@@ -18,6 +18,7 @@ LAYER_OF = {
     "user": "api",
     "activation": "meeting",
     "neutral": "meeting",
+    "canary": "meeting",
     "planning": "meeting",
     "reply": "meeting",
     "chats": "meeting",

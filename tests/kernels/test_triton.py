@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from memos_engine import ops
+from memos_engine.decoder.quantize import quantize_k, quantize_v
 from memos_engine.ops import reference
 
 pytest.importorskip("triton")
@@ -47,6 +48,29 @@ def test_splice(source, target, dim, rotary, interleaved):
             k[layer], v[layer], appended[layer], appended[layer].clone(), slots, positions, table, interleaved
         )
     assert torch.equal(appended, got[0])
+
+
+@pytest.mark.parametrize("target", DTYPES)
+@pytest.mark.parametrize(("dim", "rotary"), [(16, 16), (20, 12), (16, 0)])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("first", [0, 1, 62, 64, 90])
+def test_splice_int8(target, dim, rotary, interleaved, first):
+    random = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(4, 100, 3, dim, generator=random) for _ in range(2))
+    (k, k_scale), (v, v_scale) = quantize_k(k), quantize_v(v)
+    slots = torch.tensor([17, -1, 3, 40, 16])
+    positions = torch.tensor([5, 90, 0, 31, 2], dtype=torch.int32)
+    table = ops.rope_table(torch.rand(rotary // 2, generator=random), 100) if rotary else None
+    got = [torch.full((2, 4, 16, 3, dim), 9.0, dtype=target) for _ in range(2)]
+    wanted = [pages.clone() for pages in got]
+    rows, layers = slice(first, first + 5), slice(0, None, 2)
+    for splice, pages in ((backend.splice_kv, got), (reference.splice_kv, wanted)):
+        splice(
+            k[layers, rows], v[layers, rows], *pages, slots, positions, table, interleaved,
+            k_scale=k_scale[layers], v_scale=v_scale[layers, rows], first_token=first,
+        )  # fmt: skip
+    same(got[0], wanted[0])
+    same(got[1], wanted[1])
 
 
 def test_strides_and_no_tokens():
