@@ -36,7 +36,8 @@ class Options:
     contexts: memory tokens, split evenly over `memories`; queries: tokens computed behind them; batches:
     requests decoded together; n: measured rounds or prompts (None: the bench's own default, fewer with
     `quick`); peers: systems beside ours (None: all that are installed); data: folder of evaluation sets;
-    objective_ms: the first token's deadline of the load bench; out: folder for JSON, HTML and PNG; resume:
+    objective_ms: the first token's deadline of the load bench; profile: keep what `quality` found beside the
+    models, for the scheduler; out: folder for JSON, HTML and PNG; resume:
     keep the units that an interrupted run finished there; peer_timeout: seconds one call may take.
     """
 
@@ -56,6 +57,7 @@ class Options:
     n: int | None = None
     seed: int = 0
     objective_ms: float | None = None
+    profile: bool = False
     quick: bool = False
     out: Path | None = None
     resume: bool = False
@@ -90,7 +92,7 @@ class Options:
     def public(self) -> dict[str, Any]:
         """JSON-safe; only what shapes the result, so that two runs can be told to be the same."""
         shown = asdict(self)
-        for name in ("out", "resume", "peer_timeout"):
+        for name in ("out", "resume", "peer_timeout", "profile"):
             shown.pop(name)
         shown["dtype"] = self.resolved_dtype
         shown["data"] = None if self.data is None else self.data.name

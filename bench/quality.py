@@ -22,6 +22,7 @@ from memos_engine.bench.options import Options, Progress, silent
 from memos_engine.bench.records import Stores
 from memos_engine.bench.splicing import METHODS, OWN, Case, Method, computed, everything
 from memos_engine.bench.stats import bootstrap, paired_bootstrap
+from memos_engine.bench.systematic import systematic_shares
 from memos_engine.bench.xquad import (
     MEMORY_TOKENS,
     Dataset,
@@ -37,6 +38,7 @@ from memos_engine.config import ConfigError, DecoderConfig
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.models import resolve
 from memos_engine.neutral import left_contexts
+from memos_engine.profile import ProfilePoint, SplicingProfile, save_profile
 
 RECOMPUTE = (0.0, 0.15, 0.40)
 BLOCK = 20  # prompts of one unit
@@ -95,6 +97,8 @@ def run(options: Options, progress: Progress = silent, methods: Sequence[Method]
                 kept[unit] = _packed(count, scorer.block(count, first, tell))
                 _aggregate(document, {name: kept[name] for name in units if name in kept})
                 document.add(unit, ())
+            if options.profile:
+                document.note(_profiled(scorer or _Scorer(options, dataset, rounds, methods), document))
         document.data.pop("samples")  # rows hold each prompt's KL; the rest is for an interrupted run
     data: dict[str, Any] = document.finish()
     return data
@@ -118,16 +122,14 @@ class _Scorer:
         self.half = self._open("bfloat16").decoder
         anchor = self.layout.anchor
         room = self.engine.spec.max_positions - len(anchor) - 2 * MEMORY_TOKENS
-        self.stores = Stores(self.engine, anchor, left_contexts(self.layout, room))
+        self.contexts = left_contexts(self.layout, room)
+        self.stores = Stores(self.engine, anchor, self.contexts)
         self._prompts: dict[int, list[Prompt]] = {}
 
     def block(self, count: int, first: int, tell: Callable[[int], None]) -> Samples:
         """Scores prompts `first ...` with `count` memories by every method."""
-        if count not in self._prompts:
-            drawn = prompts(self.dataset, self.layout, count, self.options, self.rounds)
-            self._prompts = {count: drawn}
         out: Samples = {}
-        block = self._prompts[count][first : first + BLOCK]
+        block = self.drawn(count)[first : first + BLOCK]
         self.stores.prepare([span for prompt in block for span in prompt.memories[1:]])
         for at in range(0, len(block), TOGETHER):
             group = block[at : at + TOGETHER]
@@ -136,6 +138,13 @@ class _Scorer:
                     self._add(out.setdefault(key, {}), prompt, outcome)
                 tell(first + done)
         return out
+
+    def drawn(self, count: int) -> list[Prompt]:
+        """The run's prompts with `count` memories."""
+        if count not in self._prompts:
+            drawn = prompts(self.dataset, self.layout, count, self.options, self.rounds)
+            self._prompts = {count: drawn}
+        return self._prompts[count]
 
     def _open(self, dtype: str) -> MemoryEngine:
         spec = ModelSpec.from_folder(resolve(self.options.model))
@@ -254,6 +263,25 @@ def _difference(title: str, count: int, share: float, pair: Sequence[Sequence[fl
 def _short(value: float) -> float:
     """Five significant digits: KL spans seven orders of magnitude."""
     return float(f"{value:.5g}")
+
+
+def _profiled(scorer: _Scorer, document: Document) -> str:
+    """Keeps the engine's curve for both dtypes; returns a note."""
+    spans = [span for prompt in scorer.drawn(3)[:BLOCK] for span in prompt.memories[1:]]
+    shares = systematic_shares(scorer.engine, scorer.layout.anchor, spans, scorer.contexts) or (None, None)
+    keys = ("memories", "recompute", "kl_mean", "top1", "answer_f1", "n")
+    own = [row for row in document.data["rows"] if row["method"] == OWN]
+    points = tuple(ProfilePoint(**{key: row[key] for key in keys}) for row in own)
+    profile = SplicingProfile(points, shares[0], shares[1], scorer.options.dataset)
+    for engine in (scorer.engine, scorer.half):
+        path = save_profile(profile, engine.runner.model.weights.digest, scorer.layout.digest)
+    kept = f"The curve is kept in {path.parent.name}/."
+    if shares[0] is None or shares[1] is None:
+        return kept
+    return (
+        f"Of what neighbours do to K, {shares[0]:.0%} is the same whoever they are, to V {shares[1]:.0%} "
+        f"({len(spans)} memories). {kept}"
+    )
 
 
 # -- options, resuming -------------------------------------------------------------------------------

@@ -55,6 +55,9 @@ def _register(bench: str, summary: str) -> None:
         objective_ms: Annotated[
             float | None, typer.Option(help="First token's deadline of `load` (default: 3 x unloaded).")
         ] = None,
+        profile: Annotated[
+            bool, typer.Option("--profile", help="Keep the curve of `quality` beside the models.")
+        ] = False,
         quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and rounds.")] = False,
         out: Annotated[
             Path | None, typer.Option(help="Folder for the JSON and the HTML report with its PNGs.")
@@ -85,6 +88,7 @@ def _register(bench: str, summary: str) -> None:
             n=n,
             seed=seed,
             objective_ms=objective_ms,
+            profile=profile,
             quick=quick,
             out=out or (_DEFAULT_OUT if bench == "all" else None),
             resume=resume,

@@ -13,12 +13,14 @@ from memos_engine.bench import forced, int8, quality, splicing, xquad
 from memos_engine.bench.document import read_result, result_path
 from memos_engine.bench.options import Options
 from memos_engine.bench.records import Stores
+from memos_engine.bench.systematic import systematic_shares
 
 from memos_engine.api import MemoryEngine
 from memos_engine.config import ConfigError, DecoderConfig
 from memos_engine.decoder.sequence import TextSpan
 from memos_engine.errors import MemosEngineError
 from memos_engine.neutral import left_contexts
+from memos_engine.profile import load_profile
 
 KEYS = {
     "method", "recompute", "memories", "kl_mean", "kl_low", "kl_high", "kl_p99", "kl_token1", "top1",
@@ -314,6 +316,37 @@ def test_rows_differences_and_controls(options):
     assert "answer F1 of memos_engine at r=0 minus full, 3 memories" in names
     assert all(entry["low"] <= entry["value"] <= entry["high"] for entry in document["ratios"])
     json.dumps(document)
+
+
+def test_a_profile_is_kept_for_both_dtypes(options, tmp_path, monkeypatch, engine):
+    monkeypatch.setenv("MEMOS_ENGINE_CACHE", str(tmp_path))
+    document = quality.run(replace(options, profile=True, n=2), methods=splicing.METHODS[:3])
+    assert any("The curve is kept" in note for note in document["notes"])
+    assert len(list((tmp_path / "profiles").iterdir())) == 2
+    found = load_profile(engine.decoder.runner.model.weights.digest, engine.layout.digest)
+    assert found is not None
+    own = [row for row in document["rows"] if row["method"] == "memos_engine"]
+    assert [(p.recompute, p.kl_mean) for p in found.points] == [(r["recompute"], r["kl_mean"]) for r in own]
+    assert found.kl(0.0, 3) == own[0]["kl_mean"]
+
+
+def test_the_systematic_share_is_that_of_the_definition(engine):
+    """What is common to all contexts, and what is noise, told apart by brute force."""
+    ids = engine.layout.memory
+    anchor, spans = engine.layout.anchor, [ids("One."), ids("Two and three.")]
+    contexts = [ids("Something."), ids("Something else."), ids("More of it all.")]
+    found = systematic_shares(engine.decoder, anchor, spans, contexts)
+    for side in (0, 1):
+        total = spread = 0.0
+        for span in spans:
+            base = engine.decoder.encode_span(anchor, span)[side].double()
+            each = [engine.decoder.encode_span((*anchor, *c), span)[side].double() - base for c in contexts]
+            apart = torch.stack(each)[:, 1:]
+            total += float(apart.square().sum()) / 3
+            spread += float(apart.var(dim=0).sum())
+        assert found[side] == pytest.approx(1 - spread / total, rel=1e-3)
+    same = systematic_shares(engine.decoder, anchor, spans, [contexts[0]] * 3)
+    assert same == pytest.approx((1.0, 1.0))
 
 
 @pytest.mark.smollm2

@@ -18,6 +18,7 @@ LAYER_OF = {
     "user": "api",
     "activation": "meeting",
     "neutral": "meeting",
+    "profile": "meeting",
     "canary": "meeting",
     "planning": "meeting",
     "reply": "meeting",
