@@ -34,11 +34,12 @@ class Options:
     """Common options (see `docs/benchmarks.md`). A bench reads those that concern it.
 
     contexts: memory tokens, split evenly over `memories`; queries: tokens computed behind them; batches:
-    requests decoded together; n: measured rounds or prompts (None: the bench's own default, fewer with
-    `quick`); peers: systems beside ours (None: all that are installed); data: folder of evaluation sets;
-    objective_ms: the first token's deadline of the load bench; profile: keep what `quality` found beside the
-    models, for the scheduler; out: folder for JSON, HTML and PNG; resume:
-    keep the units that an interrupted run finished there; peer_timeout: seconds one call may take.
+    requests decoded together; methods: those of the quality bench (empty: all); n: measured rounds or prompts
+    (None: the bench's own default, fewer with `quick`); peers: systems beside ours (None: all that are
+    installed); data: folder of evaluation sets; objective_ms: the first token's deadline of the load bench;
+    profile: keep what `quality` found beside the models, for the scheduler; out: folder for JSON, HTML and
+    PNG; resume: keep the units that an interrupted run finished there; peer_timeout: seconds one call may
+    take.
     """
 
     model: str = "smollm2"
@@ -50,6 +51,7 @@ class Options:
     batches: tuple[int, ...] = ()
     memories: tuple[int, ...] = ()
     recompute: tuple[float, ...] = ()
+    methods: tuple[str, ...] = ()
     peers: tuple[str, ...] | None = None
     dataset: str = "xquad_en"
     data: Path | None = None

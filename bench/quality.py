@@ -73,7 +73,7 @@ NOTES = (
 
 def run(options: Options, progress: Progress = silent, methods: Sequence[Method] = METHODS) -> dict[str, Any]:
     """Returns the result document; a unit is a block of prompts with one number of memories."""
-    options = _checked(options)
+    options, methods = _checked(options), _chosen(options.methods, methods)
     dataset = load(options.dataset, options.data)
     rounds = min(options.rounds(100, 10), len(dataset.questions))
     counts = tuple(dict.fromkeys(options.memories)) or ((3,) if options.quick else (3, 8))
@@ -285,6 +285,14 @@ def _profiled(scorer: _Scorer, document: Document) -> str:
 
 
 # -- options, resuming -------------------------------------------------------------------------------
+
+
+def _chosen(names: Sequence[str], methods: Sequence[Method]) -> list[Method]:
+    unknown = sorted(set(names) - {method.name for method in methods})
+    if unknown:
+        known = ", ".join(method.name for method in methods)
+        raise ConfigError(f"method {unknown[0]!r} is unknown; bench quality has {known}.")
+    return [method for method in methods if not names or method.name in names]
 
 
 def _checked(options: Options) -> Options:

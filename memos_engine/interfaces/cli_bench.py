@@ -42,6 +42,9 @@ def _register(bench: str, summary: str) -> None:
         recompute: Annotated[
             list[float] | None, typer.Option(help="Share of memory tokens computed anew; may be repeated.")
         ] = None,
+        method: Annotated[
+            list[str] | None, typer.Option(help="A method of `quality` (default: all); may be repeated.")
+        ] = None,
         peers: Peers = None,
         dataset: Annotated[str, typer.Option(help="Evaluation set of `quality`.")] = "xquad_en",
         data: Annotated[
@@ -81,6 +84,7 @@ def _register(bench: str, summary: str) -> None:
             batches=tuple(batch or ()),
             memories=tuple(memories or ()),
             recompute=tuple(recompute or ()),
+            methods=tuple(method or ()),
             peers=_names(peers),
             dataset=dataset,
             data=data,

@@ -318,6 +318,13 @@ def test_rows_differences_and_controls(options):
     json.dumps(document)
 
 
+def test_methods_can_be_chosen_by_name(options):
+    document = quality.run(replace(options, n=1, methods=("memos_engine", "none")))
+    assert {row["method"] for row in document["rows"]} == {"memos_engine", "none", "full_bf16"}
+    with pytest.raises(ConfigError, match="'magic' is unknown; bench quality has full, none"):
+        quality.run(replace(options, methods=("magic",)))
+
+
 def test_a_profile_is_kept_for_both_dtypes(options, tmp_path, monkeypatch, engine):
     monkeypatch.setenv("MEMOS_ENGINE_CACHE", str(tmp_path))
     document = quality.run(replace(options, profile=True, n=2), methods=splicing.METHODS[:3])
