@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 
 import pytest
@@ -11,7 +12,7 @@ from memos_engine.activation import ANCHORED, AVERAGED
 from memos_engine.canary import LOOKED_AT
 from memos_engine.config import ConfigError
 from memos_engine.decoder.sequence import KVSpan
-from memos_engine.errors import MemoryInputError
+from memos_engine.errors import MemoryInputError, MemoryNotFoundError
 from memos_engine.memory.embed import HashingEmbedder
 
 SHORT = SamplingParams(max_new_tokens=8, stop_token_ids=(0,))
@@ -191,3 +192,77 @@ def test_no_canary_without_a_share_or_without_splicing(started):
 def test_impossible_settings(fields):
     with pytest.raises(ConfigError):
         MemoryConfig(**fields)
+
+
+# -- hostile surroundings ------------------------------------------------------------------------
+
+
+def test_swapped_files_are_never_used(started):
+    """Two records' files under each other's names: both are refused, and the answer is that of text."""
+    engine, alice = started(build=False)
+    wanted = alice.chat(QUESTION, SHORT, form="text").token_ids
+    files = sorted((engine.store.directory / "vault").rglob("*.safetensors"))
+    contents = [path.read_bytes() for path in files]
+    for path, other in zip(files, [*contents[1:], contents[0]], strict=True):
+        path.write_bytes(other)
+    engine.activation.evict()
+    engine.decoder.forget_prefixes()
+    reply = alice.chat(QUESTION, SHORT)
+    assert set(reply.forms.values()) == {"text"}
+    assert reply.token_ids == wanted
+
+
+def test_the_store_deleted_under_a_running_engine(started):
+    engine, alice = started()
+    shutil.rmtree(engine.store.directory)
+    engine.activation.evict()
+    engine.decoder.forget_prefixes()
+    reply = alice.chat(QUESTION, SHORT)
+    assert set(reply.forms.values()) == {"text"}
+    assert all("refused (missing)" in row["reason"] for row in reply.plan.explain())
+
+
+def test_no_memories_and_the_same_one_twice(started):
+    engine, _ = started()
+    bob = engine.user("bob")
+    assert bob.chat(QUESTION, SHORT).forms == {}
+    bob.remember(FACTS[0])
+    bob.remember(FACTS[0])
+    bob.warm()
+    reply = bob.chat(QUESTION, SHORT, recompute=0.5)
+    assert set(reply.forms.values()) == {"kv"}
+    text = bob.chat(QUESTION, SHORT, form="text")
+    assert bob.chat(QUESTION, SHORT, recompute=1.0).token_ids == text.token_ids
+
+
+def test_many_tiny_memories(started):
+    """As many as the window takes, each with its records; the rest is skipped with a reason."""
+    engine, _ = started(max_memories=1000)
+    carol = engine.user("carol")
+    for number in range(60):
+        carol.remember(str(number))
+    carol.warm()
+    reply = carol.chat(QUESTION, SHORT, recompute=0.1)
+    assert set(reply.forms.values()) == {"kv"}
+    assert len(reply.forms) >= 10
+    assert reply.stats.recomputed_tokens == round(0.1 * reply.plan.tokens)
+    skipped = [row for row in reply.plan.explain() if row["form"] == "skip"]
+    assert all("tokens" in row["reason"] for row in skipped)
+
+
+def test_a_memory_longer_than_the_window_is_refused(started):
+    _, alice = started()
+    with pytest.raises(MemoryInputError, match="Split it"):
+        alice.remember("word " * 5000)
+
+
+def test_another_tenant_s_records_are_not_found(started):
+    engine, alice = started()
+    cube = alice.memories()[0]
+    ids = engine.layout.memory(cube.body)
+    mallory = engine.user("mallory").principal
+    ours = engine.activation.identities(alice.principal, ids)
+    theirs = engine.activation.identities(mallory, ids)
+    assert all(ours[form].digest() != theirs[form].digest() for form in ours)
+    with pytest.raises(MemoryNotFoundError):
+        engine.activation.find(mallory, cube, ids)
