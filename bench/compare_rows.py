@@ -38,7 +38,7 @@ ASIDE = {
 # What a run sets by its own speed: rows that differ only here are still the same row.
 ROUGH = {"offered_per_s", "objective_ms"}
 LESS = re.compile(
-    r"(^|_)(ms|us|ns|s|mb|gib|bytes)(_p\d+)?$|^ms_per_|^kl_|break_even|bytes_per|overhead|predicted_error"
+    r"(^|_)(ms|us|ns|s|mb|gib|bytes)(_p\d+)?$|^ms_per_|^kl_|break_even|bytes_per|overhead|predicted_error|^records_"
 )
 MORE = re.compile(
     r"_per_s$|(^|_)share$|^top1$|^answer_|^same_first_token$|reduction$|^r_at_|^mrr$|^quality$|speedup"

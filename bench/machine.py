@@ -41,6 +41,17 @@ def cpu_ticks() -> tuple[int, int] | None:
     return (numbers[7], sum(numbers)) if len(numbers) == 8 else None
 
 
+def resident_mb() -> float | None:
+    """Memory that this process takes now; None if unknown."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmRSS"):
+                return int(line.split()[1]) / 1024
+    except (OSError, ValueError):
+        pass
+    return None
+
+
 def _cpu_model() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -93,10 +93,17 @@ TITLES = {
     "paper_model": "paper's model",
     "f1_low": "F1, low end",
     "f1_high": "F1, high end",
+    "part": "requests",
+    "splice_ms_p50": "splice ms, P50",
+    "fetch_ms_p50": "fetch ms, P50",
+    "kv_share": "memories as KV",
+    "host_share": "records from host memory",
+    "vault_mb": "vault, MB",
+    "rss_mb": "resident, MB",
 }
 SHARES = {
     *("share_of_limit", "same_first_token", "met_share", "recompute", "top1", "reduction", "paper_reduction"),
-    *("answer_contains", "difference", "excluded_share", "mean_recomputed"),
+    *("answer_contains", "difference", "excluded_share", "mean_recomputed", "kv_share", "host_share"),
 }
 
 

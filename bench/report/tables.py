@@ -44,6 +44,9 @@ ORDER = {
     "memory": "system dtype peak_mb model_mb pool_mb overhead_mb overhead_full_pool_mb spliced_tokens",
     "attach": "system mode dtype context call_ms_p50 call_ms_p95 n",
     "int8": "weights dtype nll nll_more nll_more_low nll_more_high kl_mean top1 n",
+    "steady": "part recompute dtype stored memories memory_tokens ttft_ms_p50 ttft_ms_p95 splice_ms_p50 "
+    "fetch_ms_p50 prefix_tokens kv_share host_share records vault_mb rss_mb records_changed records_added "
+    "records_written tokens_per_s n",
     "compare": "row metric better a b ratio low high verdict why",
 }
 HIDDEN = {

@@ -57,6 +57,13 @@ BENCHES = {
         "What rounding the weights that decoding reads costs: the likelihood of real text, token by token, "
         "and how far the distributions lie from those of whole weights.",
     ),
+    "steady": (
+        "Steady state",
+        "Hundreds of requests, one after the other, each a new question over memories in an order that no "
+        "earlier one had, with host memory for half of the records: whether the last hundred get their first "
+        "token as fast as the first. Then as many answers again and again at once, and whether any record is "
+        "another than before.",
+    ),
     "compare": (
         "Comparison of two results",
         "Row by row: the later run over the earlier. A verdict is given only where the whole 95 % interval "
@@ -115,6 +122,13 @@ READING: tuple[tuple[frozenset[str], str, str], ...] = (
         "KL and the noise floor",
         "0 nats means the same distribution at every token. The noise floor is what rounding to bf16 alone "
         "does to a full prefill: below it, a method cannot be told from rounding.",
+    ),
+    (
+        frozenset({"steady"}),
+        "Records that stay",
+        "Changed, added and written count records of the store, by the SHA-256 of their files and by the "
+        "rows that name them, from before the first request to after the last: each should be 0. A store "
+        "that keeps what requests computed would grow, and fit the orders it was made in.",
     ),
     (
         frozenset({"load"}),
