@@ -28,9 +28,9 @@ _MOST_SCALE = (2.0**128 - 2.0**105) / _LIMIT
 
 
 def quantize_record(record: KVRecord) -> KVRecord:
-    """The record with K and V in eight bits. It is exact nowhere any more."""
+    """The record with K and V in eight bits."""
     (k, k_scale), (v, v_scale) = quantize_k(record.k), quantize_v(record.v)
-    return replace(record, k=k, v=v, k_scale=k_scale, v_scale=v_scale, left="")
+    return replace(record, k=k, v=v, k_scale=k_scale, v_scale=v_scale)
 
 
 def quantize_k(k: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,8 +35,8 @@ _OPTIONAL = ("k_scale", "v_scale", "sigma_v", "rank")
 class KVRecord:
     """k, v `[layers, tokens, kv_heads, head_dim]` (K unrotated); token_ids of the span; identity digest.
 
-    left: digest of the exact token sequence the span was encoded behind: where a request has just that
-    sequence to the left, splicing the record is exact; empty where it never is. k_scale
+    left: digest of the exact token sequence the span was encoded behind, empty for an average over several:
+    where a request has just that sequence to the left, the record is exact, but for int8. k_scale
     `[layers, ceil(tokens / 64), kv_heads, head_dim] float32` and v_scale `[layers, tokens, kv_heads] float32`
     go with int8 K and V. sigma_v `[layers, tokens, kv_heads]` and rank `[tokens]`, floats: see
     `averaging.AveragedKV`.
@@ -60,6 +60,10 @@ class KVRecord:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def quantized(self) -> bool:
+        return self.k_scale is not None
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are there, by name."""

@@ -101,9 +101,10 @@ class Sequence:
 
     tokens: prompt, then answer. blocks: pages by position. pending: positions still to compute, ascending;
     empty while the request waits for a token. exact: leading prompt tokens whose K and V equal those of a
-    full prefill; the prefix index may hold only pages made of them. probe: present until the first pass is
-    over. selected: positions of spliced tokens to compute again, None until they are known; kept: those of
-    the session's earlier requests.
+    full prefill; the prefix index may hold only pages made of them. in_place: leading tokens whose records
+    were encoded behind just the tokens that stand there now; they are not worth computing again. probe:
+    present until the first pass is over. selected: positions of spliced tokens to compute again, None until
+    they are known; kept: those of the session's earlier requests.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class Sequence:
         self.on_output = on_output
         self.tokens: list[int] = [t for span in self.spans for t in span.token_ids]
         self.prompt_len = len(self.tokens)
-        self.exact = self._exact_length()
+        self.exact, self.in_place = self._lengths()
         self.keys: list[bytes] = []  # of the full exact pages, as far as they were needed
         self.blocks: list[int] = []
         self.pending: list[int] = []
@@ -167,22 +168,28 @@ class Sequence:
     def as_text(self) -> None:
         """Every span becomes text: what was stored for it counts no longer."""
         self.spans = tuple(TextSpan(span.token_ids) for span in self.spans)
-        self.exact, self.keys = self.prompt_len, []
+        self.exact, self.in_place, self.keys = self.prompt_len, self.prompt_len, []
         self.kept, self.selected, self.probe = (), (), None
 
     def answer_span(self) -> tuple[Span, ...]:
         """The answer as text, for those who go on behind it."""
         return (TextSpan(tuple(self.output)),) if self.output else ()
 
-    def _exact_length(self) -> int:
-        """A stored span is exact where just what it was encoded behind stands to its left, itself exact;
-        text is exact behind exact tokens. The first approximate span ends the chain."""
-        end = 0
+    def _lengths(self) -> tuple[int, int]:
+        """Leading tokens that are exact, and those that stand where they were encoded.
+
+        A stored span stands where it was encoded behind just the tokens of then; it is exact, too, unless it
+        was made smaller. Text is exact behind exact tokens. The first approximate span ends the chain.
+        """
+        end, exact = 0, None
         for span in self.spans:
-            if isinstance(span, KVSpan) and span.record.left != ids_digest(self.tokens[:end]):
-                return end
+            if isinstance(span, KVSpan):
+                if span.record.left != ids_digest(self.tokens[:end]):
+                    break
+                if span.record.quantized and exact is None:
+                    exact = end
             end += len(span.token_ids)
-        return end
+        return (end if exact is None else exact), end
 
     def layout(self, reused: int) -> list[Splice]:
         """Sets `pending` and returns the splices, the first `reused` tokens being in pages already.
@@ -202,7 +209,7 @@ class Sequence:
                 memory_tokens += len(span.token_ids) * fresh
                 if first < end:
                     splices.append(Splice(span.record, first, first - start))
-                    if fresh and start >= self.exact:
+                    if fresh and start >= self.in_place:
                         placed.append((first, first - start, span.record))
             else:
                 self.pending.extend(range(first, end))

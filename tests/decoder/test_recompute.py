@@ -10,6 +10,7 @@ import torch
 from memos_engine.config import ConfigError, Recompute, SamplingParams
 from memos_engine.decoder.averaging import encode_averaged
 from memos_engine.decoder.identity import ids_digest
+from memos_engine.decoder.quantize import quantize_record
 from memos_engine.decoder.record import KVRecord
 from memos_engine.decoder.sequence import KVSpan, TextSpan
 
@@ -273,6 +274,21 @@ def test_nothing_approximate_needs_no_probe(engine, prompt):
     _, request = first_logits(engine, spans, Recompute(0.5))
     assert request.selected == ()
     assert request.stats.computed_tokens == QUERY
+
+
+def test_int8_in_the_first_slot_is_in_place_but_not_exact(engine, prompt):
+    """Not worth computing again, and never in the prefix index."""
+    prompt.records = [quantize_record(r) for r in prompt.records]
+    _, request = first_logits(engine, prompt.spans, Recompute(0.3))
+    assert request.exact == ANCHOR
+    assert request.in_place == ANCHOR + SIZES[0]
+    assert set(request.selected) <= set(prompt.candidates)
+    plain = [prompt.head, KVSpan(prompt.records[0]), TextSpan(prompt.query)]
+    request = engine.add_request(plain, params(4))
+    finish(engine, request)
+    held = engine.pool.match(request.keys)
+    engine.pool.release(held)
+    assert len(held) * engine.pool.page <= ANCHOR
 
 
 def test_text_between_memories_is_computed_over_the_new_keys(engine, prompt, random_ids):

@@ -112,7 +112,7 @@ def test_int8_records_are_smaller_and_another_identity(started):
     plain = {record.nbytes for record in records(engine, alice)}
     wide, alice = started(kv_dtype="int8")
     small = records(wide, alice)
-    assert all(record.k_scale is not None and record.left == "" for record in small)
+    assert all(record.quantized for record in small)
     assert max(record.nbytes for record in small) < 0.4 * min(plain)
     reply = alice.chat(QUESTION, SHORT)
     assert set(reply.forms.values()) == {"kv"}
