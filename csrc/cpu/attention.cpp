@@ -203,12 +203,13 @@ int64_t attention_scratch(int64_t head_dim) {
     const int64_t padded = round_up(head_dim, 16);
     const int64_t own =
         sizeof(float) * (2 * kBlock * padded + kBlock * kTileRows + padded + 2 * kTiles * padded * kTileRows);
-    const int64_t amx = amx_scratch(head_dim);
-    return own > amx ? own : amx;
+    const int64_t amx = amx_scratch(head_dim), pairs = pairs_scratch(head_dim);
+    const int64_t most = amx > pairs ? amx : pairs;
+    return own > most ? own : most;
 }
 
 void attention(const Attention& a, const AttentionItem& item, float* scratch) {
-    if (attention_amx(a, item, scratch)) return;
+    if (attention_amx(a, item, scratch) || attention_pairs(a, item, scratch)) return;
     with_dtype(a.kv_dtype, [&](auto kv) { run<decltype(kv)>(a, item, scratch); });
 }
 

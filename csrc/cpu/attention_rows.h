@@ -62,6 +62,9 @@ ME_INLINE void locate(const Attention& a, const AttentionItem& item, int64_t key
 int64_t amx_scratch(int64_t head_dim);
 // False, with nothing done, where the level has no AMX or the call is not one for it.
 bool attention_amx(const Attention&, const AttentionItem&, float* scratch);
+// The same where the level has no products of pairs of bfloat16, or tiles besides.
+int64_t pairs_scratch(int64_t head_dim);
+bool attention_pairs(const Attention&, const AttentionItem&, float* scratch);
 
 }  // namespace ME_LEVEL
 }  // namespace memos_engine

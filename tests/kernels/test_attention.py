@@ -73,6 +73,43 @@ def test_window(backend, make_problem, assert_close, dtype, window, scattered):
     check(backend, problem, assert_close)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (6, 6, 32), (4, 1, 96), (8, 1, 128)])
+@pytest.mark.parametrize("rows", [9, 16, 33, 100])
+def test_dozens_of_rows(backend, make_problem, assert_close, heads, kv_heads, dim, rows):
+    """Where bfloat16 is multiplied in pairs: every number of tiles, the last one in part."""
+    shape = (heads, kv_heads, dim, torch.bfloat16)
+    check(backend, make_problem([211], [rows], *shape), assert_close)
+    check(backend, make_problem([211], [rows], *shape, page=8, window=37, scattered=True), assert_close)
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_long_context(backend, make_problem, assert_close, scattered):
+    for window in (0, 1500):
+        problem = make_problem(
+            [3333, 20], [32, 3], 9, 3, 64, torch.bfloat16, window=window, scattered=scattered
+        )
+        check(backend, problem, assert_close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_that_grow(backend, make_problem, assert_close, dtype):
+    """Each block of keys has higher scores than the one before, for some rows: maxima and sums follow."""
+    problem = make_problem([500], [60], 3, 1, 64, dtype, spread=0.5)
+    blocks = problem.block_table[0, :32].long()
+    problem.k_pages[blocks] += torch.linspace(-2, 2, 32)[:, None, None, None].to(dtype)
+    problem.q[::2] += 0.25
+    check(backend, problem, assert_close)
+
+
+def test_rows_do_not_show_in_each_other(backend, make_problem):
+    if backend is reference:
+        pytest.skip("torch's products make no such promise")
+    problem = make_problem([300], [20], 6, 2, 64, torch.bfloat16)
+    wanted = backend.paged_attention(*problem.args())
+    problem.q[::2] *= 30
+    assert torch.equal(backend.paged_attention(*problem.args())[1::2], wanted[1::2])
+
+
 @pytest.mark.parametrize("rows", [1, 2, 20])
 def test_split_keys_join(backend, make_problem, assert_close, rows):
     """Longer than one key range, on both sides of the switch between the decode and the tile kernel."""
@@ -114,8 +151,9 @@ def test_nothing_visible_after_broken_values(backend, make_problem):
         assert torch.equal(lse, torch.full_like(lse, float("-inf")))
 
 
-def test_some_rows_see_nothing(backend, make_problem, assert_close):
-    problem = make_problem([40], [20])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_some_rows_see_nothing(backend, make_problem, assert_close, dtype):
+    problem = make_problem([40], [20], dim=32, dtype=dtype)
     problem.q_pos[::3] = -1
     lse = torch.zeros(problem.q.shape[:2])
     out = backend.paged_attention(*problem.args(), lse=lse)
@@ -124,10 +162,11 @@ def test_some_rows_see_nothing(backend, make_problem, assert_close):
     assert_close(out, plain_torch(problem), reference.paged_attention(*problem.wide()))
 
 
-def test_keys_beyond_the_last_visible_one_are_not_read(backend, make_problem):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_beyond_the_last_visible_one_are_not_read(backend, make_problem, dtype):
     """A row in the middle of a sequence whose later slots are not written yet."""
     for rows in (1, 20):
-        problem = make_problem([100], [rows])
+        problem = make_problem([100], [rows], dim=32, dtype=dtype)
         problem.q_pos[:] = torch.arange(20 - rows, 20)
         wanted = backend.paged_attention(*problem.args())
         late = problem.block_table[0, 20 // 16].long()
@@ -144,8 +183,9 @@ def test_empty_requests(backend, make_problem, assert_close):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strides_and_out(backend, make_problem, dtype):
-    problem = make_problem([50, 30], [20, 2], dtype=dtype)
+@pytest.mark.parametrize("dim", [16, 32])
+def test_strides_and_out(backend, make_problem, dtype, dim):
+    problem = make_problem([50, 30], [20, 2], dim=dim, dtype=dtype)
     wanted = backend.paged_attention(*problem.args())
     blocks, page, kv_heads, dim = problem.k_pages.shape
     # K and V side by side, heads before slots (HND), queries as a slice of a fused projection.
