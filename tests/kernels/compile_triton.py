@@ -21,6 +21,7 @@ TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -92,6 +93,9 @@ def main():
     k, table = meta(2, 400, 8, 128, dtype=torch.bfloat16), meta(512, 128, dtype=torch.float32)
     pages = meta(2, 50, 16, 8, 128, dtype=torch.bfloat16)
     backend.splice_kv(k, k, pages, pages, slots, positions, table)
+    eight, k_scale = meta(*k.shape, dtype=torch.int8), meta(2, 7, 8, 128, dtype=torch.float32)
+    v_scale = meta(2, 400, 8, dtype=torch.float32)
+    backend.splice_kv(eight, eight, pages, pages, slots, positions, table, False, k_scale, v_scale, 5)
     backend.append_kv(k[0], k[0], pages[0], pages[0], slots, positions, table)
     backend.rope(k[0], positions, table)
     x = meta(400, 4096, dtype=torch.bfloat16)

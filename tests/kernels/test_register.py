@@ -27,6 +27,12 @@ def probe(problem):
     return *queries, slots, positions, start, weight, scores, problem.sm_scale
 
 
+def kv_int8():
+    """Five tokens in the middle of a record, across the border of two groups."""
+    k, v = (torch.randint(-127, 128, (3, 5, 2, 16), dtype=torch.int8) for _ in range(2))
+    return k, v, torch.rand(3, 2, 2, 16), torch.rand(3, 5, 2), *kv(3)[2:]
+
+
 def samples(make_problem):
     problem = make_problem([20, 5], [3, 1])
     # opcheck compares copies of the arguments, and NaN is not equal to itself.
@@ -41,6 +47,7 @@ def samples(make_problem):
         "attention_probe": probe(problem),
         "append_kv": (*kv(), table),
         "splice_kv": (*kv(3), None),
+        "splice_kv_int8": (*kv_int8(), table, False, 62),
         "rope": (torch.randn(3, 2, 16), torch.arange(3, dtype=torch.int32), table),
         "rms_norm": (x, weight, 1e-5),
         "add_rms_norm": (x, torch.randn(3, 16), weight, 1e-5),
@@ -55,6 +62,7 @@ NAMES = [
     "attention_probe",
     "append_kv",
     "splice_kv",
+    "splice_kv_int8",
     "rope",
     "rms_norm",
     "add_rms_norm",
@@ -76,6 +84,13 @@ def test_results_are_those_of_the_seam(make_problem):
     library.paged_attention_out(problem.q, out, lse, *problem.args()[1:])
     assert torch.equal(out, wanted)
     assert lse.all()
+    k, v, k_scale, v_scale, *target = kv_int8()
+    library.splice_kv_int8(k, v, k_scale, v_scale, *target, None, True, 62)
+    got = [target[0].clone(), target[1].clone()]
+    ops.splice_kv(k, v, target[0].zero_(), target[1].zero_(), *target[2:], None, True, k_scale, v_scale, 62)
+    assert torch.equal(got[0], target[0])
+    assert torch.equal(got[1], target[1])
+    assert got[0].any()
 
 
 def test_inside_a_compiled_function():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.machinery
 import sys
-from types import ModuleType
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +198,46 @@ def test_float64_goes_to_the_reference(make_problem, make_probe):
     x = torch.randn(3, 8, dtype=torch.float64)
     assert torch.equal(cuda.rms_norm(x, x[0], 1e-5), reference.rms_norm(x, x[0], 1e-5))
     assert torch.equal(cuda.silu_mul(x, x), reference.silu_mul(x, x))
+
+
+def int8_record():
+    k, v = (torch.randint(-127, 128, (2, 5, 3, 16), dtype=torch.int8) for _ in range(2))
+    return (k, v), (torch.rand(2, 2, 3, 16), torch.rand(2, 5, 3), 62)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_int8_records_without_native_code(monkeypatch, dtype):
+    monkeypatch.setattr(cuda, "_native", None)
+    sources, scales = int8_record()
+    at = (torch.arange(5), torch.arange(5, dtype=torch.int32), None, False)
+    got, wanted = ([torch.zeros(2, 4, 16, 3, 16, dtype=dtype) for _ in range(2)] for _ in range(2))
+    cuda.splice_kv(*sources, *got, *at, *scales)
+    reference.splice_kv(*sources, *wanted, *at, *scales)
+    assert torch.equal(got[0], wanted[0])
+    assert torch.equal(got[1], wanted[1])
+
+
+def test_int8_records_for_native_code(monkeypatch):
+    """Its arguments, in the order of csrc/bind_kv_write.h: those of a splice of floats, then the scales."""
+    calls = []
+    native = SimpleNamespace(splice_kv=lambda *given: calls.append(given))
+    monkeypatch.setattr(cuda, "_native", native)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=99))
+    (k, v), scales = int8_record()
+    at = (torch.arange(5), torch.arange(5, dtype=torch.int32), None, False)
+    pages = [torch.zeros(2, 4, 16, 3, 16) for _ in range(2)]
+    cuda.splice_kv(k, v, *pages, *at, *scales)
+    cuda.splice_kv(k.float(), v.float(), *pages, *at)
+    cuda.splice_kv(k[:, :0], v[:, :0], *pages, *at, scales[0][:, :0], scales[1][:, :0])
+    pointers = [t.data_ptr() for t in (k, v, *pages)]
+    assert calls[0][:4] == tuple(pointers)
+    assert calls[0][-11:] == (*(t.data_ptr() for t in scales[:2]), 2, 62, 96, 48, 16, 15, 3, 1, 99)
+    assert calls[1][-11:] == (0,) * 10 + (99,)
+    assert calls[0][6:-11] == calls[1][6:-11]
+    assert len({len(given) for given in calls}) == 1
+    names = (Path(__file__).parents[2] / "csrc/bind_kv_write.h").read_text()
+    parameters = names.partition("#define ME_KV_WRITE_PARAMETERS")[2].partition("#define")[0]
+    assert len(calls[0]) == parameters.count(",") + 2  # and the stream
 
 
 def test_without_triton(monkeypatch, make_problem, caplog):
