@@ -67,6 +67,7 @@ class ActivationMemory:
         self._host: OrderedDict[str, KVRecord] = OrderedDict()
         self._lock = threading.Lock()
         self._anchor: tuple[Weights, KVSpan] | None = None
+        self._said = False  # that averages do not fit into the pool
 
     @property
     def _int8(self) -> bool:
@@ -164,7 +165,9 @@ class ActivationMemory:
 
     def build(self, principal: Principal, cubes: Sequence[MemCube]) -> int:
         """Encodes and stores the records that these memories lack; left contexts are computed once for all of
-        them. Returns how many memories got any."""
+        them. Returns how many memories got any; none where splicing is turned off."""
+        if self.store.splicing_off(self.model) is not None:
+            return 0
         lacking: dict[str, list[tuple[MemCube, tuple[int, ...], RecordIdentity]]] = {
             ANCHORED: [],
             AVERAGED: [],
@@ -193,7 +196,9 @@ class ActivationMemory:
         try:
             averages = encode_averaged(self.decoder, self.layout.anchor, spans, contexts)
         except OutOfPagesError as error:
-            log.warning("memos_engine: no averaged KV was made (%s)", error)
+            if not self._said:
+                log.warning("memos_engine: memories behind the first are spliced less exactly: %s", error)
+            self._said = True
             return set()
         for (cube, ids, identity), made in zip(group, averages, strict=True):
             record = KVRecord(made.k, made.v, ids, "", "", made.sigma_v.to(torch.float16), made.rank)

@@ -320,7 +320,7 @@ class MemoryEngine:
         return seq.output[:-1] if reason == "stop" else seq.output, seq.stats, reason
 
     def after_reply(self, prepared: Prepared) -> None:
-        """Off the request's path: records use, and builds the KV of memories that had to enter as text."""
+        """Off the request's path: records use, builds the KV that memories lack, lets the canary look."""
         if self.store is None or not prepared.plan.segments:
             return
         try:
@@ -328,9 +328,9 @@ class MemoryEngine:
         except MemosEngineError as error:
             log.warning("memos_engine: the use of memories was not recorded: %s", error)
         if self.config.build and self.activation is not None:
-            cubes = [prepared.cubes[s.cube_id] for s in prepared.plan.segments if s.form == "text"]
-            try:
+            try:  # what entered as KV may lack its other record
                 self.refresh()
+                cubes = [prepared.cubes[segment.cube_id] for segment in prepared.plan.segments]
                 self.activation.build(prepared.principal, cubes)
             except MemosEngineError as error:  # the answer is out: nobody waits for this
                 log.warning("memos_engine: the KV of memories was not stored: %s", error)

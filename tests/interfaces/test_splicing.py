@@ -139,6 +139,19 @@ def test_one_damaged_form_leaves_the_other(started, form):
     assert set(left) == {ANCHORED, AVERAGED} - {form}
 
 
+def test_a_lost_form_is_built_again_after_the_reply(started):
+    engine, alice = started()
+    before = sorted(p.name for p in (engine.store.directory / "vault").rglob("*.safetensors"))
+    for cube in alice.memories():
+        found = engine.activation.find(alice.principal, cube, engine.layout.memory(cube.body))
+        engine.store.vault.path(found.records[AVERAGED][1]).write_bytes(b"")
+    engine.activation.evict()
+    assert set(alice.chat(QUESTION, SHORT).forms.values()) == {"kv"}
+    after = sorted(p.name for p in (engine.store.directory / "vault").rglob("*.safetensors"))
+    assert len(after) == len(before)
+    assert all(record.left == "" for record in records(engine, alice)[1:])
+
+
 def test_a_memory_with_both_forms_damaged_goes_in_as_text(started):
     engine, alice = started(build=False)
     wanted = alice.chat(QUESTION, SHORT, form="text").token_ids
