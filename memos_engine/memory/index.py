@@ -46,8 +46,9 @@ class ExactIndex:
                 f"the query has {query.shape[0]} numbers, the stored embeddings have {matrix.shape[1]}; "
                 "use the same embedder for both."
             )
-        norm = float(np.linalg.norm(query.astype(np.float64)))
-        unit = (query / norm if norm > 0 else query).astype(np.float32)
+        wide = query.astype(np.float64)  # float32 has no steps between subnormal numbers
+        norm = float(np.linalg.norm(wide))
+        unit = (wide / norm if norm > 0 else wide).astype(np.float32)
         with np.errstate(invalid="ignore", over="ignore"):
             scores = np.round(matrix @ unit, 6) + np.float32(0)  # no -0.0
         if not np.isfinite(scores).all():  # every NaN or infinity in a row reaches its score

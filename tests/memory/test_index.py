@@ -47,6 +47,11 @@ def test_a_zero_query_finds_something_and_no_nan() -> None:
     assert scores.tolist() == [0, 0]
 
 
+def test_a_subnormal_query_has_a_direction() -> None:
+    _, scores = INDEX.search(np.float32([1e-45, 1e-45]), np.float32([[0.6, 0.8]]), 1)
+    assert scores.tolist() == pytest.approx([1.4 / 2**0.5], abs=1e-6)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nan_and_infinity_are_refused(bad: float) -> None:
     matrix = np.eye(3, dtype=np.float32)
