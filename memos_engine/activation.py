@@ -206,10 +206,13 @@ class ActivationMemory:
         return {cube.id for cube, _, _ in group}
 
     def _put(self, principal: Principal, cube: MemCube, record: KVRecord, identity: RecordIdentity) -> None:
+        """Stores a record, and keeps it at hand: a memory is mostly built because it was just asked for."""
         if self._int8:
             record = quantize_record(record)
+        key = identity.digest()
         blob = self.store.vault.write(encode_record(record, identity))
-        self.store.put_kv(principal, cube.id, cube.version, identity.digest(), blob, record.num_tokens)
+        self.store.put_kv(principal, cube.id, cube.version, key, blob, record.num_tokens)
+        self._keep(key, replace(record, identity=key))
 
     # -- the host tier ---------------------------------------------------------------------------
 
