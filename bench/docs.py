@@ -111,20 +111,22 @@ def _machine(documents: Documents) -> str:
 
 def _headline(document: dict[str, Any]) -> str:
     rows = [r for r in document["rows"] if r.get("scope") == "engine" and "status" not in r]
-    for row in rows:
-        row["way"] = "refine" if row["mode"] == "splice" and row["recompute"] else row["mode"]
     wanted = [("memos_engine", mode) for mode in ("full", "prefix", "refine", "splice")]
     peers = dict.fromkeys(r["system"] for r in rows if r["system"] != "memos_engine")
     wanted = [(p, m) for p in peers for m in ("full", "prefix")] + wanted
     contexts = sorted({r["context"] for r in rows if r["mode"] == "splice"})
     out = [["ms to the first token", *(f"{c} tokens" for c in contexts)]]
     for system, mode in wanted:
-        found = {r["context"]: r["ttft_ms_p50"] for r in rows if (r["system"], r["way"]) == (system, mode)}
+        found = {r["context"]: r["ttft_ms_p50"] for r in rows if (r["system"], _way(r)) == (system, mode)}
         cells = [f"{found[c]:.0f}" if c in found else "" for c in contexts]
         if any(cells):
             ours = "**" if (system, mode) == ("memos_engine", "splice") else ""
             out.append([f"{system}, {_MODES[mode]}", *(f"{ours}{c}{ours}" for c in cells)])
     return f"{_markdown(out)}\n\n`{document['command']}`"
+
+
+def _way(row: dict[str, Any]) -> str:
+    return "refine" if row["mode"] == "splice" and row["recompute"] else str(row["mode"])
 
 
 _MODES = {

@@ -30,6 +30,9 @@ METHODS = {
     "none": "no memory",
     "random": "random choice",
     "first_k": "first tokens",
+    "int8": "memos_engine, int8",
+    "rank": "memos_engine, by rank",
+    "anchored": "anchored records",
     "cacheblend": "V deviation",
 }
 TIERS = {"host": "host memory", "device": "GPU memory", "disk-warm": "disk, warm", "disk-cold": "disk, cold"}
