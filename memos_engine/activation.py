@@ -43,10 +43,12 @@ Missing = tuple[MemCube, tuple[int, ...], RecordIdentity]
 
 @dataclass(frozen=True)
 class StoredKV:
-    """Which records of a memory exist: identity and file by form. reason: why there is none at all."""
+    """Which records of a memory exist: identity and file by form. reason: why there is none at all. whole:
+    none is missing."""
 
     records: dict[str, tuple[RecordIdentity, BlobRef]]
     reason: str = ""
+    whole: bool = False
 
     def form_for(self, first: bool) -> str:
         """The better form there is. first: it stands right behind the anchor."""
@@ -134,12 +136,16 @@ class ActivationMemory:
         if off is not None:
             return StoredKV({}, f"splicing is turned off for this model: {off}")
         records = {}
-        for form, identity in self.identities(principal, token_ids).items():
-            blob = self.store.find_kv(principal, cube.id, identity.digest())
-            if blob is not None:
+        identities = self.identities(principal, token_ids)
+        for form, identity in identities.items():
+            key = identity.digest()
+            blob = self.store.find_kv(principal, cube.id, key)
+            if blob is None:
+                self._take(key)  # ended elsewhere: nothing of it stays here
+            else:
                 records[form] = (identity, blob)
         if records:
-            return StoredKV(records)
+            return StoredKV(records, whole=len(records) == len(identities))
         if self.store.kv_identities(principal, cube.id):
             return StoredKV({}, "its stored KV belongs to another model, dtype, template or wording")
         return StoredKV({}, "no KV stored yet")
@@ -168,10 +174,7 @@ class ActivationMemory:
         them. Returns how many memories got any; none where splicing is turned off."""
         if self.store.splicing_off(self.model) is not None:
             return 0
-        lacking: dict[str, list[tuple[MemCube, tuple[int, ...], RecordIdentity]]] = {
-            ANCHORED: [],
-            AVERAGED: [],
-        }
+        lacking: dict[str, list[Missing]] = {ANCHORED: [], AVERAGED: []}
         for cube in cubes:
             ids = () if cube.body is None else self.layout.memory(cube.body)
             for form, identity in (self.identities(principal, ids) if ids else {}).items():
@@ -193,12 +196,21 @@ class ActivationMemory:
         """For memories that take the same left contexts. A pool that is too small for one leaves them out."""
         spans = [ids for _, ids, _ in group]
         contexts = [ids for ids, _ in self.contexts(max(map(len, spans)))]
+        needed = len(self.layout.anchor) + max(map(len, contexts)) + max(map(len, spans))
+        if needed >= self.decoder.pool_tokens:
+            if not self._said:
+                log.warning(
+                    "memos_engine: the KV pool of %d tokens is too small for averaged records (%d); memories "
+                    "behind the first are spliced less exactly. Open the engine with a larger pool_tokens.",
+                    self.decoder.pool_tokens,
+                    needed,
+                )
+            self._said = True
+            return set()
         try:
             averages = encode_averaged(self.decoder, self.layout.anchor, spans, contexts)
-        except OutOfPagesError as error:
-            if not self._said:
-                log.warning("memos_engine: memories behind the first are spliced less exactly: %s", error)
-            self._said = True
+        except OutOfPagesError as error:  # requests under way hold the pages; another reply will try again
+            log.debug("memos_engine: no averaged KV was made now: %s", error)
             return set()
         for (cube, ids, identity), made in zip(group, averages, strict=True):
             record = KVRecord(made.k, made.v, ids, "", "", made.sigma_v.to(torch.float16), made.rank)

@@ -277,7 +277,8 @@ class MemoryEngine:
             "plan": (planned - retrieved) * 1e3 - fetch_ms,
         }
         cubes = {c.cube.id: c.cube for c in candidates}
-        return Prepared(spans, plan, principal, cubes, timings, whole=not behind)
+        lacking = [cubes[s.cube_id] for s in plan.segments if not stored[s.cube_id].whole]
+        return Prepared(spans, plan, principal, lacking, timings, whole=not behind)
 
     def _head(self, head: tuple[int, ...], plan: Plan) -> list[Span]:
         """What stands before the memories; the anchor comes from its own record where KV follows."""
@@ -327,11 +328,10 @@ class MemoryEngine:
             self.store.record_use(prepared.principal, [s.cube_id for s in prepared.plan.segments])
         except MemosEngineError as error:
             log.warning("memos_engine: the use of memories was not recorded: %s", error)
-        if self.config.build and self.activation is not None:
-            try:  # what entered as KV may lack its other record
+        if self.config.build and self.activation is not None and prepared.lacking:
+            try:
                 self.refresh()
-                cubes = [prepared.cubes[segment.cube_id] for segment in prepared.plan.segments]
-                self.activation.build(prepared.principal, cubes)
+                self.activation.build(prepared.principal, prepared.lacking)
             except MemosEngineError as error:  # the answer is out: nobody waits for this
                 log.warning("memos_engine: the KV of memories was not stored: %s", error)
         if prepared.whole and self.activation is not None and self.canary.wants(prepared.spans):

@@ -31,8 +31,11 @@ def plan_with_records(
     request: PlanRequest,
     stored: dict[str, StoredKV],
 ) -> tuple[Plan, dict[str, KVRecord], float]:
-    """The plan, the record of each memory that enters as KV, and the milliseconds that reading them took."""
-    found, candidates, spent = dict(stored), list(inputs), 0.0
+    """The plan, the record of each memory that enters as KV, and the milliseconds that reading them took.
+
+    What turns out to be damaged goes from `stored`.
+    """
+    candidates, spent = list(inputs), 0.0
     while True:
         plan = scheduler.plan(candidates, request)
         start = time.perf_counter()
@@ -43,9 +46,9 @@ def plan_with_records(
                 continue
             here = next(i for i, one in enumerate(candidates) if one.cube_id == segment.cube_id)
             first = segment.slot == 0 and candidates[here].kv.exact_in_slot0
-            form = found[segment.cube_id].form_for(first)
+            form = stored[segment.cube_id].form_for(first)
             try:
-                records[segment.cube_id] = activation.load(found[segment.cube_id], form)
+                records[segment.cube_id] = activation.load(stored[segment.cube_id], form)
             except PayloadError as error:
                 refused = here, form, f"its stored KV was refused ({error.reason}): {error}"
                 break
@@ -54,7 +57,7 @@ def plan_with_records(
             return plan, records, spent
         here, form, why = refused
         one = candidates[here]
-        left = {name: record for name, record in found[one.cube_id].records.items() if name != form}
-        found[one.cube_id] = again = StoredKV(left, why)
+        left = {name: record for name, record in stored[one.cube_id].records.items() if name != form}
+        stored[one.cube_id] = again = StoredKV(left, why)
         kv = replace(one.kv, available=bool(left), exact_in_slot0=one.kv.exact_in_slot0 and ANCHORED in left)
         candidates[here] = replace(one, kv=replace(kv, tokens=kv.tokens * bool(left), reason=again.reason))

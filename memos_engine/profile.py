@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -81,9 +80,12 @@ def save_profile(profile: SplicingProfile, weights: str, layout: str) -> Path:
     """Writes the profile whole or not at all."""
     path = profile_path(weights, layout)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as draft:
-        json.dump(asdict(profile), draft, indent=1)
-    os.replace(draft.name, path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(json.dumps(asdict(profile), indent=1))
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
     return path
 
 

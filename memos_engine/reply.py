@@ -15,13 +15,14 @@ from memos_engine.memory.scheduler import Plan
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request ready for the decoder: its spans, the plan behind them, and what preparing cost. whole: the
-    spans are the whole prompt, no conversation stands before them."""
+    """A request ready for the decoder: its spans, the plan behind them, and what preparing cost. lacking:
+    memories of the plan that lack a record. whole: the spans are the whole prompt, no conversation stands
+    before them."""
 
     spans: list[Span]
     plan: Plan
     principal: Principal
-    cubes: dict[str, MemCube]
+    lacking: list[MemCube]
     timings: dict[str, float]
     whole: bool = True
 

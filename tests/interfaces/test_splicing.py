@@ -7,7 +7,7 @@ import sqlite3
 
 import pytest
 
-from memos_engine import DecoderConfig, MemoryConfig, MemoryEngine, SamplingParams
+from memos_engine import DecoderConfig, MemoryConfig, MemoryEngine, SamplingParams, activation
 from memos_engine.activation import ANCHORED, AVERAGED
 from memos_engine.canary import LOOKED_AT
 from memos_engine.config import ConfigError
@@ -150,6 +150,24 @@ def test_a_lost_form_is_built_again_after_the_reply(started):
     after = sorted(p.name for p in (engine.store.directory / "vault").rglob("*.safetensors"))
     assert len(after) == len(before)
     assert all(record.left == "" for record in records(engine, alice)[1:])
+
+
+def test_a_pool_too_small_for_averages_says_so_once(tiny_folder, tmp_path, caplog, monkeypatch):
+    """And computes nothing in vain: the first form serves in every slot."""
+    decoder = DecoderConfig(dtype="float32", pool_tokens=256)
+    config = MemoryConfig(min_score=-1.0)
+    embedder = HashingEmbedder(64)
+    with MemoryEngine.open(
+        tiny_folder, tmp_path / "store", decoder=decoder, memory=config, embedder=embedder
+    ) as engine:
+        alice = engine.user("alice")
+        for fact in FACTS[:2]:
+            alice.remember(fact)
+        alice.warm()
+        monkeypatch.setattr(activation, "encode_averaged", None)  # a call would fail
+        assert set(alice.chat(QUESTION, SHORT, max_memories=2).forms.values()) == {"kv"}
+        assert [record.left == "" for record in records(engine, alice)] == [False, False]
+    assert caplog.text.count("too small for averaged records") == 1
 
 
 def test_a_memory_with_both_forms_damaged_goes_in_as_text(started):
