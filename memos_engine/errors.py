@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class MemosEngineError(Exception):
     """Root of all errors this package raises on purpose."""
@@ -52,12 +54,20 @@ class MemoryNotFoundError(MemosEngineError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
-class LifecycleError(MemosEngineError):
+class RefusedError(MemosEngineError):
+    """Something is not allowed. `event` is what the audit trail keeps about the attempt, if anything."""
+
+    def __init__(self, message: str, event: Mapping[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.event = event
+
+
+class LifecycleError(RefusedError):
     """The lifecycle table has no such move."""
 
 
-class AccessError(MemosEngineError):
-    """The caller may not do this."""
+class AccessError(RefusedError):
+    """The caller sees the memory, but may not do this with it."""
 
 
 class ConflictError(MemosEngineError):

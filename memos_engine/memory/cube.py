@@ -2,121 +2,76 @@
 
 from __future__ import annotations
 
-import os
 import re
-import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
+from enum import Enum
 from typing import Any
 
 from memos_engine.errors import MemoryInputError
+from memos_engine.memory.fact import Fact, Provenance
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.lifecycle import LifecycleState
+from memos_engine.memory.values import (
+    MAX_TAG_CHARS,
+    MAX_TAGS,
+    MAX_TEXT_CHARS,
+    ORIGINS,
+    CubeIds,
+    is_cube_id,
+    time_from_text,
+    time_to_text,
+    validate_label,
+    validate_origin,
+    validate_tags,
+    validate_text,
+)
 
-MAX_TEXT_CHARS = 1_000_000
-MAX_TAGS = 64
-MAX_TAG_CHARS = 128
+__all__ = [
+    "KINDS",
+    "MAX_TAGS",
+    "MAX_TAG_CHARS",
+    "MAX_TEXT_CHARS",
+    "ORIGINS",
+    "VISIBILITIES",
+    "CubeIds",
+    "Fact",
+    "HistoryEntry",
+    "MemCube",
+    "Provenance",
+    "is_cube_id",
+    "time_from_text",
+    "time_to_text",
+    "validate_label",
+    "validate_origin",
+    "validate_tags",
+    "validate_text",
+    "validate_visibility",
+]
+
 KINDS = ("text", "kv", "lora")
-ORIGINS = ("user_input", "inference", "retrieval", "fine_tuning")
-_LABEL = re.compile(r"[a-z][a-z0-9_]{0,31}")
-_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+VISIBILITIES = ("private", "shared", "read_only")
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 
 
-def validate_text(text: object, max_chars: int = MAX_TEXT_CHARS) -> str:
-    """`text` itself, when it can be a memory or a query; else `MemoryInputError` saying what to change."""
-    if not isinstance(text, str):
-        raise MemoryInputError(f"text must be a str, not {type(text).__name__}; decode or convert it first.")
-    if not text or text.isspace():
-        raise MemoryInputError("the text is empty; give at least one character that is not white space.")
-    if len(text) > max_chars:
-        raise MemoryInputError(
-            f"the text has {len(text):,} characters, the limit is {max_chars:,}; split it into smaller texts."
-        )
-    if "\0" in text:
-        raise MemoryInputError(f"the text has a NUL character at index {text.index(chr(0))}; remove it.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise MemoryInputError(
-            f"the text has a lone surrogate at index {error.start}, so it is not valid Unicode; decode its "
-            "source with errors='replace'."
-        ) from None
-    return text
-
-
-def validate_tags(tags: Iterable[str]) -> tuple[str, ...]:
-    """Tags without repetitions, in order. Raises `MemoryInputError`."""
-    if isinstance(tags, (str, bytes)):
-        raise MemoryInputError(f"tags must be a list of strings, not one {type(tags).__name__}.")
-    unique = tuple(dict.fromkeys(validate_text(tag, MAX_TAG_CHARS) for tag in tags))
-    if len(unique) > MAX_TAGS:
-        raise MemoryInputError(f"a memory can have {MAX_TAGS} tags, not {len(unique)}; give fewer.")
-    return unique
-
-
-def validate_label(what: str, value: object) -> str:
-    """A short lower-case word such as `fact`. It survives erasure, so free text is refused."""
-    if not isinstance(value, str) or not _LABEL.fullmatch(value):
-        raise MemoryInputError(
-            f"{what} must be a word of at most 32 lower-case letters, digits and underscores, not {value!r}."
-        )
-    return value
-
-
-def validate_origin(value: object) -> str:
-    """One of `ORIGINS`. Raises `MemoryInputError`."""
-    if value not in ORIGINS:
-        raise MemoryInputError(f"origin must be one of {', '.join(ORIGINS)}, not {value!r}.")
+def validate_visibility(value: object) -> str:
+    """One of `VISIBILITIES`. Raises `MemoryInputError`."""
+    if value not in VISIBILITIES:
+        raise MemoryInputError(f"visibility must be one of {', '.join(VISIBILITIES)}, not {value!r}.")
     return str(value)
-
-
-def is_cube_id(value: object) -> bool:
-    return isinstance(value, str) and _ID.fullmatch(value) is not None
-
-
-def time_to_text(moment: datetime) -> str:
-    """ISO 8601 in UTC, always 32 characters, so that texts sort as times do. Raises `MemoryInputError`."""
-    if not isinstance(moment, datetime) or moment.tzinfo is None:
-        raise MemoryInputError(f"a time must be a datetime with a time zone, not {moment!r}.")
-    return moment.astimezone(timezone.utc).isoformat(timespec="microseconds")
-
-
-def time_from_text(text: str) -> datetime:
-    """The inverse of `time_to_text`. Raises `MemoryInputError`."""
-    try:
-        moment = datetime.fromisoformat(text)
-    except (TypeError, ValueError) as error:
-        raise MemoryInputError(f"{text!r} is not an ISO 8601 time.") from error
-    if moment.tzinfo is None:
-        raise MemoryInputError(f"the time {text!r} has no zone; add +00:00.")
-    return moment.astimezone(timezone.utc)
-
-
-class CubeIds:
-    """UUIDs of version 7: they sort by creation, also within a millisecond and when the clock steps back."""
-
-    def __init__(self, random_bytes: Callable[[int], bytes] = os.urandom) -> None:
-        self._random = random_bytes
-        self._lock = threading.Lock()
-        self._last = 0  # (milliseconds << 12) | counter
-
-    def new(self, now: datetime) -> str:
-        with self._lock:
-            ticks = int(now.timestamp() * 1000) << 12
-            self._last = max(ticks, self._last + 1)
-            last = self._last
-        low = int.from_bytes(self._random(8), "big") & ((1 << 62) - 1) | (0b10 << 62)
-        digits = f"{last >> 12:012x}7{last & 0xFFF:03x}{low:016x}"
-        return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 @dataclass(frozen=True, slots=True)
 class MemCube:
     """One memory. Times are in UTC; `body` is None once its text has been erased.
 
-    `version` counts contents, not moves: archiving and restoring keep it. Numbers of `uses` are exact,
-    `priority` is higher for more important memories, `ttl_at` is when the memory expires by itself.
+    `version` counts contents, not moves: archiving and restoring keep it; `parent` is the version that this
+    one was made from. `fact.valid_to` is also set by a later memory that contradicts this one. Numbers of
+    `uses` are exact, `priority` is higher for more important memories, `ttl_at` is when the memory expires
+    by itself, `half_life_s` (seconds) how fast it fades without use. `source_gone_at`: since when a memory
+    that this one was derived from is deleted. `fingerprint` (32 hex digits) is keyed and equal for texts of
+    the same words.
     """
 
     id: str
@@ -132,85 +87,126 @@ class MemCube:
     origin: str = "user_input"
     semantic_type: str = "fact"
     tags: tuple[str, ...] = ()
+    fact: Fact | None = None
+    provenance: Provenance | None = None
     # governance
     visibility: str = "private"
     priority: int = 0
     ttl_at: datetime | None = None
+    half_life_s: float | None = None
     sensitivity: str = "normal"
+    source_gone_at: datetime | None = None
     # behavioural
     uses: int = 0
     last_used_at: datetime | None = None
+    fingerprint: str | None = None
+    parent: int | None = None
+
+    def strength(self, now: datetime) -> float:
+        """How much of the memory is left at `now`, 1 to 0: halved by every half-life without use."""
+        if self.half_life_s is None:
+            return 1.0
+        idle = (now - (self.last_used_at or self.updated_at)).total_seconds()
+        return float(0.5 ** (max(idle, 0.0) / self.half_life_s))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe, grouped as in the paper; times are ISO 8601 in UTC."""
-        return {
-            "id": self.id,
-            "provenance_id": self.provenance_id,
-            "owner": {"tenant": self.owner.tenant, "user": self.owner.user},
-            "kind": self.kind,
-            "body": self.body,
-            "version": self.version,
-            "state": self.state.value,
-            "descriptive": {
-                "created_at": time_to_text(self.created_at),
-                "updated_at": time_to_text(self.updated_at),
-                "origin": self.origin,
-                "semantic_type": self.semantic_type,
-                "tags": list(self.tags),
-            },
-            "governance": {
-                "visibility": self.visibility,
-                "priority": self.priority,
-                "ttl_at": time_to_text(self.ttl_at) if self.ttl_at else None,
-                "sensitivity": self.sensitivity,
-            },
-            "behavioural": {
-                "uses": self.uses,
-                "last_used_at": time_to_text(self.last_used_at) if self.last_used_at else None,
-            },
-        }
+        """JSON-safe, grouped as in the paper; times are ISO 8601 in UTC. `cube_schema()` describes it."""
+        data: dict[str, Any] = {name: _plain(getattr(self, name)) for name in TOP}
+        for group, names in GROUPS.items():
+            data[group] = {name: _plain(getattr(self, name)) for name in names}
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MemCube:
         """The inverse of `to_dict`. Raises `MemoryInputError` for anything else."""
         try:
-            described, governed, behaved = data["descriptive"], data["governance"], data["behavioural"]
-            cube = cls(
-                id=data["id"],
-                provenance_id=data["provenance_id"],
-                owner=Principal(**data["owner"]),
-                kind=data["kind"],
-                body=None if data["body"] is None else validate_text(data["body"]),
-                version=data["version"],
-                state=LifecycleState(data["state"]),
-                created_at=time_from_text(described["created_at"]),
-                updated_at=time_from_text(described["updated_at"]),
-                origin=validate_origin(described["origin"]),
-                semantic_type=validate_label("semantic_type", described["semantic_type"]),
-                tags=validate_tags(described["tags"]),
-                visibility=validate_label("visibility", governed["visibility"]),
-                priority=governed["priority"],
-                ttl_at=None if governed["ttl_at"] is None else time_from_text(governed["ttl_at"]),
-                sensitivity=validate_label("sensitivity", governed["sensitivity"]),
-                uses=behaved["uses"],
-                last_used_at=(
-                    None if behaved["last_used_at"] is None else time_from_text(behaved["last_used_at"])
-                ),
-            )
+            found = {name: data[name] for name in TOP}
+            for group, names in GROUPS.items():
+                found.update({name: data[group][name] for name in names})
+            return cls(**{name: _CHECKS[name](value) for name, value in found.items()})
         except MemoryInputError:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise MemoryInputError(f"this is no MemCube as made by to_dict(): {error!r}.") from error
-        numbers = (cube.version, cube.uses, cube.priority)
-        if any(type(n) is not int for n in numbers) or cube.version < 1 or cube.uses < 0:
-            raise MemoryInputError(
-                "version, uses and priority of a MemCube must be integers, version at least 1."
-            )
-        if not (is_cube_id(cube.id) and is_cube_id(cube.provenance_id)) or cube.kind not in KINDS:
-            raise MemoryInputError(
-                f"{cube.id!r} is no memory id, or {cube.kind!r} is none of {', '.join(KINDS)}."
-            )
-        return cube
+
+
+TOP = ("id", "provenance_id", "owner", "kind", "body", "version", "state")
+GROUPS = {
+    "descriptive": ("created_at", "updated_at", "origin", "semantic_type", "tags", "fact", "provenance"),
+    "governance": ("visibility", "priority", "ttl_at", "half_life_s", "sensitivity", "source_gone_at"),
+    "behavioural": ("uses", "last_used_at", "fingerprint", "parent"),
+}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (Principal, Fact, Provenance)):
+        return value.to_dict()
+    if isinstance(value, datetime):
+        return time_to_text(value)
+    if isinstance(value, Enum):
+        return value.value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else check(value)
+
+
+def _integer(what: str, low: int | None = None) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if type(value) is not int or (low is not None and value < low):
+            bound = "" if low is None else f" of at least {low}"
+            raise MemoryInputError(f"{what} must be an integer{bound}, not {value!r}.")
+        return value
+
+    return check
+
+
+def _seconds(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+        raise MemoryInputError(f"half_life_s must be a number of seconds above 0, not {value!r}.")
+    return float(value)
+
+
+def _is(sound: Callable[[Any], Any], what: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or not sound(value):
+            raise MemoryInputError(f"{value!r} is no {what}.")
+        return value
+
+    return check
+
+
+validate_half_life = _optional(_seconds)
+validate_priority = _integer("priority")
+_time = _optional(time_from_text)
+_id = _is(is_cube_id, "memory id")
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "id": _id,
+    "provenance_id": _id,
+    "owner": lambda value: Principal(**value),
+    "kind": _is(lambda kind: kind in KINDS, f"kind ({', '.join(KINDS)})"),
+    "body": _optional(validate_text),
+    "version": _integer("version", 1),
+    "state": LifecycleState,
+    "created_at": time_from_text,
+    "updated_at": time_from_text,
+    "origin": validate_origin,
+    "semantic_type": lambda value: validate_label("semantic_type", value),
+    "tags": validate_tags,
+    "fact": _optional(Fact.from_dict),
+    "provenance": _optional(Provenance.from_dict),
+    "visibility": validate_visibility,
+    "priority": validate_priority,
+    "ttl_at": _time,
+    "half_life_s": validate_half_life,
+    "sensitivity": lambda value: validate_label("sensitivity", value),
+    "source_gone_at": _time,
+    "uses": _integer("uses", 0),
+    "last_used_at": _time,
+    "fingerprint": _optional(_is(_FINGERPRINT.fullmatch, "fingerprint of 32 hex digits")),
+    "parent": _optional(_integer("parent", 1)),
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,26 +12,50 @@ import os
 import secrets
 import unicodedata
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from memos_engine.errors import MemoryInputError, StoreError
+from memos_engine.memory.values import time_to_text, validate_label
 
 KEY_BYTES = 32
+_SEPARATOR = "\x1f"
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Principal:
     """The caller: a user of a tenant. Both names: 1 to 128 characters, no control characters.
 
+    `branch` names a what-if scope of this user (see `MemoryStore.branch`); it sees its own memories only.
     Names are compared exactly. Raises `MemoryInputError`.
     """
 
     tenant: str
     user: str
+    branch: str = ""
 
     def __post_init__(self) -> None:
         _check_name("tenant", self.tenant)
         _check_name("user", self.user)
+        if self.branch:
+            validate_label("a branch's name", self.branch)
+
+    @property
+    def key(self) -> str:
+        """What the store calls this scope within its tenant. No user's name can hold the separator."""
+        return f"{self.user}{_SEPARATOR}{self.branch}" if self.branch else self.user
+
+    @classmethod
+    def from_key(cls, tenant: str, key: str) -> Principal:
+        """The inverse of `key`."""
+        user, _, branch = key.partition(_SEPARATOR)
+        return cls(tenant, user, branch)
+
+    def to_dict(self) -> dict[str, str]:
+        """JSON-safe; `Principal(**data)` is the inverse."""
+        names = {"tenant": self.tenant, "user": self.user}
+        return {**names, "branch": self.branch} if self.branch else names
 
 
 def _check_name(what: str, name: object) -> None:
@@ -65,14 +89,72 @@ class StoreKeys:
         """Keyed fingerprint (32 bytes) of a memory's text: plain hashes of short texts can be guessed."""
         return self._derive(b"body", text.encode("utf-8"))
 
+    def gist_hmac(self, owner: Principal, gist: str) -> bytes:
+        """Keyed fingerprint (16 bytes) of the words of a text, within its tenant."""
+        scope = f"{len(owner.tenant)}:{owner.tenant}"
+        return self._derive(b"gist", f"{scope}{gist}".encode())[:16]
+
+    def request_hmac(self, *parts: str) -> bytes:
+        """Keyed fingerprint (32 bytes) of what a call asked for."""
+        return self._derive(b"request", "".join(f"{len(part)}:{part}" for part in parts).encode())
+
     def token_hmac(self, owner: Principal, token: str) -> bytes:
         """Keyed fingerprint (32 bytes) of a caller's idempotency key within its owner's scope."""
-        scope = f"{len(owner.tenant)}:{owner.tenant}{len(owner.user)}:{owner.user}"
+        scope = f"{len(owner.tenant)}:{owner.tenant}{len(owner.key)}:{owner.key}"
         return self._derive(b"idempotency", f"{scope}{token}".encode())
 
     def tenant_salt(self, tenant: str) -> bytes:
         """The tenant's 32-byte salt in KV identities: KV is never shared across tenants."""
         return self._derive(b"tenant", tenant.encode("utf-8"))
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What opens a memory to others for one action: its visibility or a grant; a denial always wins."""
+
+    visibilities: tuple[str, ...]
+    allowed_by: tuple[str, ...]
+    denied_by: tuple[str, ...]
+
+
+RULES = {
+    "read": Rule(("shared", "read_only"), ("read", "write", "share"), ("read",)),
+    "write": Rule(("shared",), ("write",), ("read", "write")),
+    "share": Rule((), ("share",), ("read", "share")),
+}
+"""By action. Owners may do everything with their own; nobody else does more than these say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Permission (or, with effect `deny`, its refusal) for `grantee` (None: everybody of the tenant).
+
+    It is about one memory, or with `cube_id` None about all of the owner's, also later ones. Times in UTC.
+    """
+
+    id: int
+    owner: Principal
+    cube_id: str | None
+    grantee: Principal | None
+    action: str
+    effect: str
+    at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe; times are ISO 8601 in UTC."""
+        return {
+            "id": self.id,
+            "owner": self.owner.to_dict(),
+            "cube_id": self.cube_id,
+            "grantee": self.grantee.to_dict() if self.grantee else None,
+            "action": self.action,
+            "effect": self.effect,
+            "at": time_to_text(self.at),
+            "expires_at": time_to_text(self.expires_at) if self.expires_at else None,
+            "revoked_at": time_to_text(self.revoked_at) if self.revoked_at else None,
+        }
 
 
 def default_key_directory() -> Path:

@@ -26,6 +26,9 @@ LIVE = frozenset(
 )
 """States that requests may retrieve."""
 
+CHANGEABLE = LIVE - {LifecycleState.FROZEN}
+"""States in which a memory may get a new version."""
+
 _S = LifecycleState
 MOVES: dict[LifecycleState | None, frozenset[LifecycleState]] = {
     None: frozenset({_S.GENERATED}),
@@ -36,8 +39,9 @@ MOVES: dict[LifecycleState | None, frozenset[LifecycleState]] = {
     _S.FROZEN: frozenset({_S.GENERATED, _S.ACTIVATED, _S.MERGED}),
     _S.EXPIRED: frozenset(),
 }
-"""From each state (None: not yet stored) the states that may follow. Erasure is outside of this table: the
-owner's right to have a text destroyed holds in every state."""
+"""From each state (None: not yet stored) the states that may follow. Two things are outside of this table:
+erasure, because the owner's right to have a text destroyed holds in every state, and the Time Machine, which
+takes all memories of an owner back to states that they were in before."""
 
 
 def check_move(source: LifecycleState | None, target: LifecycleState) -> None:

@@ -12,16 +12,20 @@ from sqlite_utils import Database, Migrations
 
 from memos_engine.errors import StoreVersionError
 from memos_engine.memory.schema import APPLICATION_ID, FIRST
+from memos_engine.memory.schema_control import CONTROL
 
 Step = tuple[str, Callable[[Database], None]]
 
 
-def _first(db: Database) -> None:
-    for statement in FIRST:
-        db.execute(statement)
+def _running(statements: Sequence[str]) -> Callable[[Database], None]:
+    def step(db: Database) -> None:
+        for statement in statements:
+            db.execute(statement)
+
+    return step
 
 
-STEPS: tuple[Step, ...] = (("0001_first", _first),)
+STEPS: tuple[Step, ...] = (("0001_first", _running(FIRST)), ("0003_control", _running(CONTROL)))
 
 _LEDGER = """CREATE TABLE IF NOT EXISTS schema_migration (
     id INTEGER PRIMARY KEY, migration_set TEXT NOT NULL, name TEXT NOT NULL, applied_at TEXT NOT NULL,

@@ -9,7 +9,8 @@ from __future__ import annotations
 APPLICATION_ID = 0x4D6D4531  # "MmE1", in the header of every memory.db of ours
 
 
-def _frozen(table: str, *, why: str, operations: tuple[str, ...] = ("UPDATE", "DELETE")) -> tuple[str, ...]:
+def frozen(table: str, *, why: str, operations: tuple[str, ...] = ("UPDATE", "DELETE")) -> tuple[str, ...]:
+    """Triggers that refuse these operations on a table."""
     return tuple(
         f"CREATE TRIGGER {table}_no_{operation.lower()} BEFORE {operation} ON {table} "
         f"BEGIN SELECT RAISE(ABORT, '{table}: {why}'); END"
@@ -136,14 +137,14 @@ _TABLES = (
 )
 
 _TRIGGERS = (
-    *_frozen("cube_version", why="versions are immutable"),
-    *_frozen("cube_event", why="events are immutable"),
-    *_frozen("audit", why="the audit trail is append-only"),
-    *_frozen("erasure", why="an erasure is final", operations=("DELETE",)),
+    *frozen("cube_version", why="versions are immutable"),
+    *frozen("cube_event", why="events are immutable"),
+    *frozen("audit", why="the audit trail is append-only"),
+    *frozen("erasure", why="an erasure is final", operations=("DELETE",)),
     "CREATE TRIGGER erasure_no_update BEFORE UPDATE OF cube_id, at, payloads ON erasure "
     "BEGIN SELECT RAISE(ABORT, 'erasure: an erasure is final'); END",
-    *_frozen("cube", why="memories are erased, not dropped", operations=("DELETE",)),
-    *_frozen("cube_body", why="bodies are immutable; a change is a new version", operations=("UPDATE",)),
+    *frozen("cube", why="memories are erased, not dropped", operations=("DELETE",)),
+    *frozen("cube_body", why="bodies are immutable; a change is a new version", operations=("UPDATE",)),
     "CREATE TRIGGER cube_body_no_delete BEFORE DELETE ON cube_body "
     "WHEN NOT EXISTS (SELECT 1 FROM erasure WHERE cube_id = OLD.cube_id) "
     "BEGIN SELECT RAISE(ABORT, 'cube_body: a body goes only with an erasure'); END",

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
-from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from memos_engine.errors import MemoryInputError, StoreError
+from memos_engine.errors import MemoryInputError, RefusedError, StoreError
 from memos_engine.memory.audit import verify_chain
-from memos_engine.memory.cube import CubeIds, time_to_text, validate_label
+from memos_engine.memory.cube import CubeIds, time_from_text, time_to_text, validate_label
 from memos_engine.memory.governance import KeyRing, Principal, StoreKeys
 from memos_engine.memory.store_db import INDEX, VAULT, StoreDB, translate
-from memos_engine.memory.store_rows import append_audit
+from memos_engine.memory.store_rows import append_audit, last_moment
+from memos_engine.memory.store_view import View, view
+from memos_engine.memory.values import moment_text
 from memos_engine.memory.vault import FileSystem, MemVault
 
 Clock = Callable[[], datetime]
@@ -34,6 +39,7 @@ class StoreBase:
         self.directory = directory
         self._clock = clock
         self._ids = CubeIds()
+        self._latest = ""
         if keyring.directory.absolute().resolve().is_relative_to(directory.resolve()):
             raise StoreError(
                 f"the keys ({keyring.directory}) would lie inside of the store {directory}, so that a copy "
@@ -78,7 +84,7 @@ class StoreBase:
                 }
                 if replaced:
                     event["previous_key_id"] = meta["key_id"]
-                append_audit(conn, self._now(), event)
+                append_audit(conn, self._moment(conn), event)
         return store_id, key
 
     def close(self) -> None:
@@ -91,7 +97,54 @@ class StoreBase:
         self.close()
 
     def _now(self) -> str:
-        return time_to_text(self._clock())
+        """The moment of a read: the clock's, but never before one that this process has seen."""
+        self._latest = max(self._latest, time_to_text(self._clock()))
+        return self._latest
+
+    def _view(
+        self,
+        principal: Principal,
+        as_of: datetime | str | None = None,
+        valid_at: datetime | str | None = None,
+        *,
+        hidden: bool = False,
+        own: bool = False,
+        closed: bool = True,
+    ) -> View:
+        """What the caller sees, see `store_view.view`. Raises `MemoryInputError` for what is no time."""
+        return view(
+            principal,
+            self._now(),
+            hidden=hidden,
+            own=own,
+            as_of=None if as_of is None else moment_text(as_of),
+            valid_at=None if valid_at is None else moment_text(valid_at),
+            closed=closed,
+        )
+
+    @contextmanager
+    def _change(self) -> Iterator[tuple[sqlite3.Connection, str]]:
+        """A write transaction and its moment, which is later than all others in the store.
+
+        A refusal undoes the transaction; that it was tried is then audited in one of its own.
+        """
+        try:
+            with self._db.write() as conn:
+                yield conn, self._moment(conn)
+        except RefusedError as error:
+            if error.event is not None:
+                with self._db.write() as conn:
+                    append_audit(conn, self._moment(conn), error.event)
+            raise
+
+    def _moment(self, conn: sqlite3.Connection) -> str:
+        """The moment of a write, within its transaction; clocks may go back, the store's does not."""
+        now, last = self._now(), last_moment(conn)
+        if last is not None and now <= last:
+            with contextlib.suppress(OverflowError):  # the last microsecond of the year 9999
+                last = time_to_text(time_from_text(last) + timedelta(microseconds=1))
+            now = self._latest = last
+        return now
 
     def note(self, event: Mapping[str, Any]) -> None:
         """Append an event to the audit trail, forever: never put a memory's text in it.
@@ -102,8 +155,8 @@ class StoreBase:
         validate_label("the event's name, event['event'],", event.get("event"))
         if "at" in event:
             raise MemoryInputError("the store sets the time of an event; leave out 'at'.")
-        with self._db.write() as conn:
-            append_audit(conn, self._now(), event)
+        with self._change() as (conn, now):
+            append_audit(conn, now, event)
 
     def audit_verify(self) -> int:
         """Check the whole audit trail; returns its length. Raises `StoreError` naming the first bad row."""
@@ -117,8 +170,11 @@ class StoreBase:
     def known_users(self) -> list[Principal]:
         """Everybody who ever stored a memory here, sorted. For the operator of the store, not for users."""
         with self._db.read() as conn:
-            rows = conn.execute("SELECT tenant, user FROM principal").fetchall()
-        return sorted(Principal(*row) for row in rows)
+            rows = conn.execute(
+                "SELECT tenant, user FROM principal p WHERE EXISTS (SELECT 1 FROM cube WHERE owner = p.id) "
+                "AND NOT EXISTS (SELECT 1 FROM branch WHERE scope = p.id)"
+            ).fetchall()
+        return sorted(Principal.from_key(*row) for row in rows)
 
     def stats(self) -> dict[str, Any]:
         """Counts and sizes of the whole store, for its operator: they say something about every user."""

@@ -64,8 +64,7 @@ class KVRows(StoreBase):
         ref = blob if isinstance(blob, BlobRef) else self.vault.write(blob)
         stale: list[BlobRef] = []
         try:
-            with self._db.write() as conn:
-                now = self._now()
+            with self._change() as (conn, now):
                 cube = find(conn, principal, cube_id, now)
                 if version != cube.version:
                     raise MemoryInputError(
@@ -143,7 +142,7 @@ class KVRows(StoreBase):
 
         `reason` is kept forever: no memory's text in it. Returns how many records there were.
         """
-        with self._db.write() as conn:
+        with self._change() as (conn, now):
             rows = conn.execute(f"{_REFS} WHERE identity = ?", (identity,)).fetchall()
             count = conn.execute("DELETE FROM kv_artifact WHERE identity = ?", (identity,)).rowcount
             if count:
@@ -153,7 +152,7 @@ class KVRows(StoreBase):
                     "reason": reason[:200],
                     "records": count,
                 }
-                append_audit(conn, self._now(), event)
+                append_audit(conn, now, event)
         self._remove(BlobRef(*row) for row in rows)
         return count
 
@@ -166,7 +165,7 @@ class KVRows(StoreBase):
     def turn_splicing(self, model: str, off: str | None) -> None:
         """Turns the use of this model's stored KV off, for a reason, or on again (None); audited."""
         key = f"{_OFF}{model}"
-        with self._db.write() as conn:
+        with self._change() as (conn, now):
             if off is None:
                 changed = conn.execute("DELETE FROM meta WHERE key = ?", (key,)).rowcount
             else:
@@ -174,7 +173,7 @@ class KVRows(StoreBase):
                 changed = conn.execute(insert, (key, off[:500])).rowcount
             if changed:
                 event = {"event": "splicing_off", "model": model, "reason": off[:500]} if off else None
-                append_audit(conn, self._now(), event or {"event": "splicing_on", "model": model})
+                append_audit(conn, now, event or {"event": "splicing_on", "model": model})
 
     def collect(self, grace_s: float = GRACE_S) -> int:
         """Remove files of the vault that no row names and older than `grace_s` seconds; returns how many."""
@@ -227,8 +226,7 @@ class KVRows(StoreBase):
                 "copy of its text is left in the write-ahead log; close that process and open the store "
                 "again."
             )
-        with self._db.write() as conn:
-            now = self._now()
+        with self._change() as (conn, now):
             conn.executemany(
                 "UPDATE erasure SET scrubbed_at = ? WHERE cube_id = ?", [(now, row[0]) for row in pending]
             )

@@ -1,43 +1,38 @@
-"""Rows and SQL that the parts of the store share; above all the one predicate through which rows are seen."""
+"""Rows and SQL that the parts of the store share."""
 
 from __future__ import annotations
 
 import json
 import sqlite3
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import Any
 
-from memos_engine.errors import MemoryInputError, MemoryNotFoundError
+from memos_engine.errors import AccessError, ConflictError, LifecycleError, MemoryNotFoundError
 from memos_engine.memory.audit import GENESIS, canonical_json, chain_hash
-from memos_engine.memory.cube import HistoryEntry, MemCube, is_cube_id, time_from_text
+from memos_engine.memory.cube import Fact, HistoryEntry, MemCube, Provenance, is_cube_id, time_from_text
 from memos_engine.memory.governance import Principal
-from memos_engine.memory.lifecycle import LIVE, LifecycleState
+from memos_engine.memory.lifecycle import CHANGEABLE, LIVE, LifecycleState
+from memos_engine.memory.store_view import Params, View, view, visible
 
-Params = dict[str, Any]
-
-SELECT_CUBE = """SELECT c.id, c.provenance_id, p.tenant, p.user, c.kind, b.body, c.version, c.state,
-    c.created_at, c.updated_at, c.origin, c.semantic_type, b.tags, c.visibility, c.priority, c.ttl_at,
-    c.sensitivity, c.uses, c.last_used_at
-FROM cube c JOIN principal p ON p.id = c.owner
-LEFT JOIN cube_body b ON b.cube_id = c.id AND b.version = c.version"""
+__all__ = ["Params", "View", "view", "visible"]  # what other parts import from here, too
 
 
-def visible(principal: Principal, now: str, *, hidden: bool = False) -> tuple[str, Params]:
-    """The only way to rows: a condition on `cube c` that holds for what this caller may see at `now`.
+def select_cubes(seen: View) -> str:
+    """`SELECT ... FROM cube c ...` whose rows `cube_of` takes; a `WHERE` follows it."""
+    version = seen.version
+    return f"""SELECT c.id, c.provenance_id, p.tenant, p.user, c.kind, b.body, {version}, {seen.state},
+    c.created_at, {seen.moved_at}, v.origin, v.semantic_type, b.tags, c.visibility, c.priority, c.ttl_at,
+    c.sensitivity, {seen.uses}, {seen.last_used}, v.parent, c.half_life_s, c.source_gone_at, c.gist, s.data,
+    f.cube_id, f.subject, f.attribute, f.valid_from, coalesce({seen.closed}, f.valid_to)
+FROM cube c {seen.join} JOIN principal p ON p.id = c.owner
+JOIN cube_version v ON v.cube_id = c.id AND v.version = {version}
+LEFT JOIN cube_body b ON b.cube_id = c.id AND b.version = {version}
+LEFT JOIN fact f ON f.cube_id = c.id AND f.version = {version}
+LEFT JOIN cube_source s ON s.cube_id = c.id AND s.version = {version}"""
 
-    Nothing is visible by default; a memory is visible to its owner. `hidden` also shows those that are
-    deleted or past their time to live, which only history and erasure may look at.
-    """
-    if not isinstance(principal, Principal):
-        raise MemoryInputError(
-            f"the caller must be a Principal(tenant, user), not {type(principal).__name__}."
-        )
-    sql = "(c.owner = (SELECT id FROM principal WHERE tenant = :tenant AND user = :user))"
-    params: Params = {"tenant": principal.tenant, "user": principal.user}
-    if not hidden:
-        sql = f"({sql} AND c.state <> 'expired' AND (c.ttl_at IS NULL OR c.ttl_at > :now))"
-        params["now"] = now
-    return sql, params
+
+SELECT_CUBE = select_cubes(View("", "", {}))
 
 
 def among(values: Iterable[str]) -> str:
@@ -49,12 +44,16 @@ def live_states() -> str:
     return among(state.value for state in LIVE)
 
 
+def _time(text: str | None) -> datetime | None:
+    return None if text is None else time_from_text(text)
+
+
 def cube_of(row: tuple[Any, ...]) -> MemCube:
-    """A row of `SELECT_CUBE`."""
+    """A row of `select_cubes`."""
     return MemCube(
         id=row[0],
         provenance_id=row[1],
-        owner=Principal(row[2], row[3]),
+        owner=Principal.from_key(row[2], row[3]),
         kind=row[4],
         body=row[5],
         version=row[6],
@@ -64,12 +63,18 @@ def cube_of(row: tuple[Any, ...]) -> MemCube:
         origin=row[10],
         semantic_type=row[11],
         tags=tuple(json.loads(row[12])) if row[12] else (),
+        fact=Fact(row[25], row[26], _time(row[27]), _time(row[28])) if row[24] else None,
+        provenance=Provenance.from_dict(json.loads(row[23])) if row[23] else None,
         visibility=row[13],
         priority=row[14],
-        ttl_at=time_from_text(row[15]) if row[15] else None,
+        ttl_at=_time(row[15]),
+        half_life_s=row[20],
         sensitivity=row[16],
+        source_gone_at=_time(row[21]),
         uses=row[17],
-        last_used_at=time_from_text(row[18]) if row[18] else None,
+        last_used_at=_time(row[18]),
+        fingerprint=row[22].hex() if row[22] else None,
+        parent=row[19],
     )
 
 
@@ -84,9 +89,19 @@ def not_found(cube_id: object) -> MemoryNotFoundError:
 
 
 def find(
-    conn: sqlite3.Connection, principal: Principal, cube_id: object, now: str, *, hidden: bool = False
+    conn: sqlite3.Connection,
+    principal: Principal,
+    cube_id: object,
+    now: str,
+    *,
+    hidden: bool = False,
+    action: str = "read",
 ) -> MemCube:
-    """One visible memory, else `MemoryNotFoundError`; an owner is told that it was deleted."""
+    """One memory that the caller may do `action` with.
+
+    Raises `MemoryNotFoundError` for one that is missing or not to be seen (an owner is told that it was
+    deleted), `AccessError` for one that may only be seen.
+    """
     where, params = visible(principal, now, hidden=True)
     row = None
     if is_cube_id(cube_id):
@@ -102,7 +117,79 @@ def find(
             f"memory {cube_id!r} was deleted or has expired; history shows what it was, erase destroys its "
             "text."
         )
+    if action != "read" and cube.owner != principal:
+        where, params = visible(principal, now, action=action)
+        if not conn.execute(
+            f"SELECT 1 FROM cube c WHERE {where} AND c.id = :id", {**params, "id": cube_id}
+        ).fetchone():
+            raise AccessError(
+                f"you may read memory {cube_id!r}, but not {action} it; ask its owner for a grant.",
+                attempt(principal, cube, "access_refused", action),
+            )
     return cube
+
+
+def find_own(conn: sqlite3.Connection, principal: Principal, cube_id: object, now: str) -> MemCube:
+    """One memory of the caller's own, in any state. Raises as `find` does."""
+    cube = find(conn, principal, cube_id, now, hidden=True)
+    if cube.owner != principal:
+        raise AccessError(
+            f"only the owner of memory {cube_id!r} may do this; ask them.",
+            attempt(principal, cube, "access_refused", "own"),
+        )
+    return cube
+
+
+def attempt(principal: Principal, cube: MemCube, event: str, tried: str) -> dict[str, Any]:
+    """What the audit trail keeps of something refused."""
+    named = {"event": event, "cube_id": cube.id, "state": cube.state.value, "tried": tried}
+    return {**named, **caller(principal)}
+
+
+def refused(principal: Principal, cube: MemCube, tried: str, message: str) -> LifecycleError:
+    """The error for a move that the lifecycle does not allow."""
+    return LifecycleError(message, attempt(principal, cube, "move_refused", tried))
+
+
+def check_version(cube: MemCube, if_version: int | None) -> None:
+    """Compare before swapping. Raises `ConflictError`."""
+    if if_version is not None and if_version != cube.version:
+        raise ConflictError(
+            f"memory {cube.id!r} is at version {cube.version}, not {if_version!r}: somebody changed it; read "
+            "it again and repeat."
+        )
+
+
+def check_changeable(principal: Principal, cube: MemCube, tried: str) -> None:
+    """Raises `LifecycleError`, to be audited, unless the memory may get a new version."""
+    if cube.state not in CHANGEABLE:
+        undo = "unfreeze" if cube.state is LifecycleState.FROZEN else "restore"
+        raise refused(
+            principal, cube, tried, f"a memory that is {cube.state} takes no {tried}; {undo} it first."
+        )
+
+
+def caller(principal: Principal) -> dict[str, str]:
+    """The caller in an audit event."""
+    return principal.to_dict()
+
+
+def principal_id(conn: sqlite3.Connection, principal: Principal, now: str) -> int:
+    """The caller's row, made where there is none yet."""
+    names = (principal.tenant, principal.key)
+    conn.execute("INSERT OR IGNORE INTO principal (tenant, user, created_at) VALUES (?, ?, ?)", (*names, now))
+    row = conn.execute("SELECT id FROM principal WHERE tenant = ? AND user = ?", names).fetchone()
+    return int(row[0])
+
+
+def last_moment(conn: sqlite3.Connection) -> str | None:
+    """The latest time that the store has written: of a change, or of a use."""
+    row = conn.execute(
+        "SELECT max(at) FROM (SELECT json_extract(event, '$.at') at FROM (SELECT event FROM audit "
+        "ORDER BY seq "
+        "DESC LIMIT 1) UNION ALL SELECT at FROM (SELECT at FROM access_log ORDER BY seq DESC LIMIT 1))"
+    ).fetchone()
+    return None if row[0] is None else str(row[0])
 
 
 def append_audit(conn: sqlite3.Connection, at: str, event: Mapping[str, Any]) -> None:
@@ -145,7 +232,6 @@ def record_event(
             "cube_id": cube_id,
             "version": version,
             "state": state.value,
-            "tenant": principal.tenant,
-            "user": principal.user,
+            **caller(principal),
         },
     )

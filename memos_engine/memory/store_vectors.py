@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from datetime import datetime
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +37,15 @@ def unit_vector(vector: npt.ArrayLike) -> Vector:
 
 
 def insert_vector(
-    conn: sqlite3.Connection, cube_id: str, version: int, model_id: str, vector: Vector
+    conn: sqlite3.Connection,
+    cube_id: str,
+    version: int,
+    model_id: str,
+    vector: Vector,
+    *,
+    replace: bool = True,
 ) -> None:
-    """In the caller's transaction; replaces the same model's. Raises `MemoryInputError` for another width."""
+    """In the caller's transaction; raises `MemoryInputError` for another width than the model's."""
     dim = vector.shape[0]
     conn.execute("INSERT INTO embedder VALUES (?, ?) ON CONFLICT (model_id) DO NOTHING", (model_id, dim))
     (known,) = conn.execute("SELECT dim FROM embedder WHERE model_id = ?", (model_id,)).fetchone()
@@ -48,7 +55,7 @@ def insert_vector(
             "another id."
         )
     conn.execute(
-        "INSERT OR REPLACE INTO vector VALUES (?, ?, ?, ?, ?)",
+        f"INSERT OR {'REPLACE' if replace else 'IGNORE'} INTO vector VALUES (?, ?, ?, ?, ?)",
         (cube_id, version, model_id, dim, vector.astype("<f4").tobytes()),
     )
 
@@ -56,15 +63,28 @@ def insert_vector(
 class VectorRows(StoreBase):
     """The store's verbs for embeddings."""
 
-    def vectors(self, principal: Principal, model_id: str) -> tuple[list[str], Vector]:
-        """Ids and embeddings `[n, dim]` float32 of the caller's live memories, in order of creation."""
-        where, params = visible(principal, self._now())
+    def vectors(
+        self,
+        principal: Principal,
+        model_id: str,
+        *,
+        as_of: datetime | str | None = None,
+        valid_at: datetime | str | None = None,
+    ) -> tuple[list[str], Vector]:
+        """Ids and embeddings `[n, dim]` float32 of the live memories that the caller sees, by creation.
+
+        Memories whose fact a later one ended are left out, unless `valid_at` asks for an earlier time; for
+        both times see `MemoryStore.list`. Raises `MemoryInputError`.
+        """
+        seen = self._view(principal, as_of, valid_at, closed=False)
         with self._db.read() as conn:
             rows = conn.execute(
-                "SELECT c.id, v.vec FROM cube c JOIN vector v ON v.cube_id = c.id AND v.version = c.version "
-                f"WHERE {where} AND v.model_id = :model AND c.state IN (SELECT value FROM "
-                "json_each(:states)) ORDER BY c.id",
-                {**params, "model": model_id, "states": live_states()},
+                f"SELECT c.id, v.vec FROM cube c {seen.join} JOIN vector v ON v.cube_id = c.id AND "
+                "v.version = "
+                f"{seen.version} WHERE {seen.where} AND v.model_id = :model AND {seen.state} IN (SELECT "
+                "value "
+                "FROM json_each(:states)) ORDER BY c.id",
+                {**seen.params, "model": model_id, "states": live_states()},
             ).fetchall()
             known = conn.execute("SELECT dim FROM embedder WHERE model_id = ?", (model_id,)).fetchone()
         matrix = np.frombuffer(b"".join(row[1] for row in rows), dtype="<f4").astype(np.float32)
@@ -87,20 +107,25 @@ class VectorRows(StoreBase):
     ) -> int:
         """Keep `matrix [n, dim]` as the embeddings of `cubes`; those gone meanwhile are passed over.
 
-        Returns how many were kept. Raises `MemoryInputError`.
+        An embedding that is there already is replaced only by somebody who may write the memory. Returns how
+        many are there now. Raises `MemoryInputError`.
         """
         if len(cubes) != len(matrix):
             raise MemoryInputError(f"{len(cubes)} memories need as many embeddings, not {len(matrix)}.")
         vectors = [unit_vector(row) for row in matrix]
-        where, params = visible(principal, self._now())
         kept = 0
         with self._db.write() as conn:
+            now = self._now()
+            roads = {action: visible(principal, now, action=action) for action in ("read", "write")}
             for cube, vector in zip(cubes, vectors, strict=True):
-                there = conn.execute(
-                    f"SELECT 1 FROM cube c WHERE {where} AND c.id = :id AND c.version = :version",
-                    {**params, "id": cube.id, "version": cube.version},
-                ).fetchone()
-                if there:
-                    insert_vector(conn, cube.id, cube.version, model_id, vector)
+                may = {
+                    action: conn.execute(
+                        f"SELECT 1 FROM cube c WHERE {where} AND c.id = :id AND c.version = :version",
+                        {**params, "id": cube.id, "version": cube.version},
+                    ).fetchone()
+                    for action, (where, params) in roads.items()
+                }
+                if may["read"]:
+                    insert_vector(conn, cube.id, cube.version, model_id, vector, replace=bool(may["write"]))
                     kept += 1
         return kept

@@ -23,6 +23,7 @@ from memos_engine.errors import (
 from memos_engine.memory.cube import MemCube, is_cube_id
 from memos_engine.memory.governance import KeyRing, Principal
 from memos_engine.memory.lifecycle import LifecycleState
+from memos_engine.memory.migrations import STEPS
 from memos_engine.memory.store import MemoryStore
 
 Add = Callable[..., MemCube]
@@ -379,5 +380,5 @@ def test_stats(store: MemoryStore, alice: Principal, bob: Principal, add: Add) -
     store.archive(alice, a.id)
     stats = store.stats()
     assert stats["cubes_by_state"] == {"archived": 1, "generated": 1}
-    assert (stats["cubes"], stats["users"], stats["vectors"], stats["schema"]) == (2, 2, 2, 1)
+    assert (stats["cubes"], stats["users"], stats["vectors"], stats["schema"]) == (2, 2, 2, len(STEPS))
     assert stats["database_bytes"] > 0

@@ -1,0 +1,87 @@
+"""Contradictions: a fact ends others of the same owner, subject and attribute, and nothing else.
+
+Nothing is rewritten: a row appended to `fact_closing` says from when on a fact no longer holds, so that
+reads of the past see it as it was then. The projection's `closed_at` is the last such row.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+
+from memos_engine.memory.cube import MemCube, time_to_text
+from memos_engine.memory.governance import Principal
+from memos_engine.memory.lifecycle import LifecycleState
+from memos_engine.memory.store_rows import record_event
+from memos_engine.memory.store_versions import link
+
+
+def close_fact(conn: sqlite3.Connection, cube_id: str, version: int, until: str | None, now: str) -> None:
+    """From now on the fact holds until `until` (None: as long as it says itself)."""
+    conn.execute(
+        "INSERT INTO fact_closing (cube_id, version, at, valid_to) VALUES (?, ?, ?, ?)",
+        (cube_id, version, now, until),
+    )
+    conn.execute(
+        "UPDATE cube SET closed_at = ?, updated_at = ? WHERE id = ? AND version = ?",
+        (until, now, cube_id, version),
+    )
+
+
+def settle(conn: sqlite3.Connection, principal: Principal, cube: MemCube, now: str) -> None:
+    """Make room for a new version's fact: end those that it contradicts.
+
+    The later beginning wins, so that what is learned late about an earlier time is itself ended by what is
+    known already; of equal beginnings the one written last wins. An interval within another one ends
+    nothing. A frozen memory is not touched, the contradiction shows as an edge.
+    """
+    fact = cube.fact
+    if fact is None or fact.key is None or fact.valid_from is None:
+        return
+    starts = time_to_text(fact.valid_from)
+    ends = time_to_text(fact.valid_to) if fact.valid_to else None
+    here = (cube.id, cube.version)
+    next_start: str | None = None
+    for other, version, state, since, own_end, closed in _rivals(conn, cube, fact.key, starts):
+        until = closed or own_end
+        if until is not None and until <= since:
+            continue  # never held: one with the same beginning took its place
+        if since > starts:
+            if ends is None or since < ends:
+                next_start = min(next_start or since, since)
+            continue
+        overlaps = until is None or until > starts
+        within = ends is not None and (until is None or until > ends)
+        if not overlaps or within:
+            continue
+        if state == LifecycleState.FROZEN.value:
+            link(conn, here, "contradicts", (other, version), now)
+            continue
+        close_fact(conn, other, version, starts, now)
+        record_event(conn, principal, other, version, "closed", LifecycleState(state), now)
+        link(conn, here, "supersedes", (other, version), now)
+    if next_start is not None:
+        close_fact(conn, *here, next_start, now)
+
+
+def _rivals(
+    conn: sqlite3.Connection, cube: MemCube, key: str, starts: str
+) -> list[tuple[str, int, str, str, str | None, str | None]]:
+    """The owner's living facts of this key that begin or hold after `starts`."""
+    return conn.execute(
+        "SELECT c.id, c.version, c.state, f.valid_from, f.valid_to, c.closed_at FROM fact f JOIN cube c ON "
+        "c.id = f.cube_id AND c.version = f.version WHERE f.key = :key AND c.id <> :id AND c.state <> "
+        "'expired' "
+        "AND c.owner = (SELECT owner FROM cube WHERE id = :id) AND (f.valid_from > :starts OR "
+        "coalesce(c.closed_at, f.valid_to, 'never') > :starts) ORDER BY c.id",
+        {"key": key, "id": cube.id, "starts": starts},
+    ).fetchall()
+
+
+def carry_closing(conn: sqlite3.Connection, cube: MemCube, version: int, now: str) -> None:
+    """A new version of an ended fact has ended, too."""
+    row = conn.execute(
+        "SELECT valid_to FROM fact_closing WHERE cube_id = ? AND version = ? ORDER BY seq DESC LIMIT 1",
+        (cube.id, cube.version),
+    ).fetchone()
+    if row is not None and row[0] is not None:
+        close_fact(conn, cube.id, version, row[0], now)
