@@ -9,7 +9,8 @@ from __future__ import annotations
 from memos_engine.memory.schema import frozen
 
 _COLUMNS = (
-    "ALTER TABLE cube ADD COLUMN gist BLOB CHECK (length(gist) = 16)",
+    "ALTER TABLE cube_version ADD COLUMN gist BLOB CHECK (length(gist) = 16)",
+    "ALTER TABLE cube ADD COLUMN gist BLOB CHECK (length(gist) = 16)",  # the present version's, for the index
     "ALTER TABLE cube ADD COLUMN closed_at TEXT",  # when, on the clock of facts, its fact ended
     "ALTER TABLE cube ADD COLUMN half_life_s REAL CHECK (half_life_s > 0)",
     "ALTER TABLE cube ADD COLUMN source_gone_at TEXT",

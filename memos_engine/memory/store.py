@@ -17,16 +17,15 @@ from memos_engine.memory.governance import KeyRing
 from memos_engine.memory.new import NewMemory
 from memos_engine.memory.store_access import AccessVerbs
 from memos_engine.memory.store_base import Clock, utc_now
-from memos_engine.memory.store_life import LifeVerbs
+from memos_engine.memory.store_past import TimeVerbs
 from memos_engine.memory.store_read import ReadVerbs
 from memos_engine.memory.store_vectors import VectorRows
-from memos_engine.memory.store_write import WriteVerbs
 from memos_engine.memory.vault import FileSystem
 
 __all__ = ["HistoryEntry", "MemoryStore", "NewMemory"]
 
 
-class MemoryStore(ReadVerbs, WriteVerbs, LifeVerbs, AccessVerbs, VectorRows):
+class MemoryStore(ReadVerbs, TimeVerbs, AccessVerbs, VectorRows):
     """An open store; made by `MemoryStore.open`, usable by all threads of the process that opened it."""
 
     @classmethod

@@ -77,11 +77,18 @@ def _rivals(
     ).fetchall()
 
 
+def last_closing(conn: sqlite3.Connection, cube_id: str, version: int, by: str | None = None) -> str | None:
+    """Until when, as known now or by a moment, a version's fact holds; None: as it says itself."""
+    row = conn.execute(
+        "SELECT valid_to FROM fact_closing WHERE cube_id = :id AND version = :version AND (:by IS NULL OR "
+        "at <= :by) ORDER BY seq DESC LIMIT 1",
+        {"id": cube_id, "version": version, "by": by},
+    ).fetchone()
+    return None if row is None else row[0]
+
+
 def carry_closing(conn: sqlite3.Connection, cube: MemCube, version: int, now: str) -> None:
     """A new version of an ended fact has ended, too."""
-    row = conn.execute(
-        "SELECT valid_to FROM fact_closing WHERE cube_id = ? AND version = ? ORDER BY seq DESC LIMIT 1",
-        (cube.id, cube.version),
-    ).fetchone()
-    if row is not None and row[0] is not None:
-        close_fact(conn, cube.id, version, row[0], now)
+    closed = last_closing(conn, cube.id, cube.version)
+    if closed is not None:
+        close_fact(conn, cube.id, version, closed, now)

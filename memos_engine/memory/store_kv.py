@@ -238,7 +238,7 @@ class KVRows(StoreBase):
         Returns which no row names. A file that cannot be removed is an orphan, which `collect` tries again;
         unless not `lenient`.
         """
-        candidates = list(refs)
+        candidates = list(dict.fromkeys(refs))
         if not candidates:
             return ()
         with self._db.write() as conn:

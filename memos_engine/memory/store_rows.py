@@ -23,7 +23,7 @@ def select_cubes(seen: View) -> str:
     version = seen.version
     return f"""SELECT c.id, c.provenance_id, p.tenant, p.user, c.kind, b.body, {version}, {seen.state},
     c.created_at, {seen.moved_at}, v.origin, v.semantic_type, b.tags, c.visibility, c.priority, c.ttl_at,
-    c.sensitivity, {seen.uses}, {seen.last_used}, v.parent, c.half_life_s, c.source_gone_at, c.gist, s.data,
+    c.sensitivity, {seen.uses}, {seen.last_used}, v.parent, c.half_life_s, c.source_gone_at, v.gist, s.data,
     f.cube_id, f.subject, f.attribute, f.valid_from, coalesce({seen.closed}, f.valid_to)
 FROM cube c {seen.join} JOIN principal p ON p.id = c.owner
 JOIN cube_version v ON v.cube_id = c.id AND v.version = {version}
@@ -175,8 +175,20 @@ def caller(principal: Principal) -> dict[str, str]:
 
 
 def principal_id(conn: sqlite3.Connection, principal: Principal, now: str) -> int:
-    """The caller's row, made where there is none yet."""
+    """The caller's row, made where there is none yet. Raises `MemoryNotFoundError` for a branch not made."""
     names = (principal.tenant, principal.key)
+    if principal.branch:
+        row = conn.execute(
+            "SELECT p.id FROM branch b JOIN principal p ON p.id = b.scope WHERE p.tenant = ? AND "
+            "p.user = ? AND "
+            "b.dropped_at IS NULL",
+            names,
+        ).fetchone()
+        if row is None:
+            raise MemoryNotFoundError(
+                f"there is no branch {principal.branch!r}; make it with branch() first."
+            )
+        return int(row[0])
     conn.execute("INSERT OR IGNORE INTO principal (tenant, user, created_at) VALUES (?, ?, ?)", (*names, now))
     row = conn.execute("SELECT id FROM principal WHERE tenant = ? AND user = ?", names).fetchone()
     return int(row[0])

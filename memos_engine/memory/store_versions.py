@@ -42,13 +42,14 @@ def insert_version(
     """Rows of a new version; the projection's gist follows. The projection's version is the caller's."""
     key = (cube_id, version)
     fingerprint = keys.body_hmac(content.text)
+    gist = keys.gist_hmac(owner, gist_of(content.text))
     conn.execute(
-        "INSERT INTO cube_version (cube_id, version, parent, at, origin, semantic_type, body_hmac, key_id) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (*key, parent, now, content.origin, content.semantic_type, fingerprint, keys.id),
+        "INSERT INTO cube_version (cube_id, version, parent, at, origin, semantic_type, body_hmac, "
+        "key_id, gist) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*key, parent, now, content.origin, content.semantic_type, fingerprint, keys.id, gist),
     )
     conn.execute("INSERT INTO cube_body VALUES (?, ?, ?, ?)", (*key, content.text, json.dumps(content.tags)))
-    gist = keys.gist_hmac(owner, gist_of(content.text))
     conn.execute("UPDATE cube SET gist = ?, closed_at = NULL WHERE id = ?", (gist, cube_id))
     fact = content.fact
     if fact is not None:
