@@ -91,8 +91,7 @@ def in_child(run: Callable[[Callable[[str], None]], None]) -> tuple[int, int]:
         os._exit(code)
 
 
-def acknowledged(pid: int, pipe: int) -> tuple[list[list[str]], int]:
-    data = b""
+def acknowledged(pid: int, pipe: int, data: bytes = b"") -> tuple[list[list[str]], int]:
     while piece := os.read(pipe, 65536):
         data += piece
     os.close(pipe)
@@ -163,10 +162,11 @@ def test_death_at_any_moment(tmp_path: Path) -> None:
     everything: list[list[str]] = []
     for _ in range(6):
         pid, pipe = in_child(endless)
-        time.sleep(0.05 + rng.random() * 0.1)
+        first = os.read(pipe, 65536)  # it is at work now, however slow the machine
+        time.sleep(rng.random() * 0.1)
         os.kill(pid, signal.SIGKILL)
-        said, status = acknowledged(pid, pipe)
+        said, status = acknowledged(pid, pipe, first)
         assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
         everything += said
         check(tmp_path, everything)
-    assert len(everything) > 6
+    assert len(everything) >= 6
