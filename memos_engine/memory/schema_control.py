@@ -80,7 +80,7 @@ _TABLES = (
         revoked_at TEXT
     ) STRICT""",
     "CREATE INDEX grant_by_cube ON grant_ (cube_id) WHERE cube_id IS NOT NULL",
-    "CREATE INDEX grant_by_owner ON grant_ (owner)",
+    "CREATE INDEX grant_by_owner ON grant_ (owner, effect)",
     "CREATE INDEX grant_by_grantee ON grant_ (grantee, effect)",
     """CREATE TABLE branch (
         scope INTEGER PRIMARY KEY REFERENCES principal (id),

@@ -98,7 +98,7 @@ class LifeVerbs(KVRows):
             if target is None:
                 target = _before_freezing(conn, cube)
             refs = move(conn, principal, cube, event, target, now)
-            cube = find(conn, principal, cube_id, now, hidden=True)
+            cube = find(conn, cube.owner, cube_id, now, hidden=True)
         return cube, self._remove(refs)
 
     def erase(
