@@ -103,10 +103,11 @@ class MemCube:
     parent: int | None = None
 
     def strength(self, now: datetime) -> float:
-        """How much of the memory is left at `now`, 1 to 0: halved by every half-life without use."""
+        """How much of the memory is left at `now`, 1 to 0: halved by every half-life without use or "
+        "change."""
         if self.half_life_s is None:
             return 1.0
-        idle = (now - (self.last_used_at or self.updated_at)).total_seconds()
+        idle = (now - max(self.updated_at, self.last_used_at or self.updated_at)).total_seconds()
         return float(0.5 ** (max(idle, 0.0) / self.half_life_s))
 
     def to_dict(self) -> dict[str, Any]:

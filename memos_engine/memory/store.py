@@ -19,13 +19,14 @@ from memos_engine.memory.store_access import AccessVerbs
 from memos_engine.memory.store_base import Clock, utc_now
 from memos_engine.memory.store_past import TimeVerbs
 from memos_engine.memory.store_read import ReadVerbs
+from memos_engine.memory.store_sweep import SweepVerbs
 from memos_engine.memory.store_vectors import VectorRows
 from memos_engine.memory.vault import FileSystem
 
 __all__ = ["HistoryEntry", "MemoryStore", "NewMemory"]
 
 
-class MemoryStore(ReadVerbs, TimeVerbs, AccessVerbs, VectorRows):
+class MemoryStore(ReadVerbs, TimeVerbs, AccessVerbs, SweepVerbs, VectorRows):
     """An open store; made by `MemoryStore.open`, usable by all threads of the process that opened it."""
 
     @classmethod

@@ -1,0 +1,72 @@
+"""The janitor: sweeps a store now and then, in a thread of its own or by hand."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from types import TracebackType
+
+from memos_engine.errors import MemoryInputError, StoreError, StoreLockedError
+from memos_engine.memory.store import MemoryStore
+from memos_engine.memory.store_sweep import SweepPolicy, Swept
+
+__all__ = ["Janitor", "SweepPolicy", "Swept"]
+
+
+class Janitor:
+    """`with Janitor(store, policy):` sweeps every `every_s` seconds; `run_once()` does without a thread.
+
+    What is due is decided by the store's clock. A sweep that fails in the thread is repeated at the next
+    turn; `last_error` says why.
+    """
+
+    def __init__(self, store: MemoryStore, policy: SweepPolicy | None = None, every_s: float = 300.0) -> None:
+        if not every_s > 0:
+            raise MemoryInputError(f"every_s must be a number of seconds above 0, not {every_s!r}.")
+        self.store = store
+        self.policy = policy or SweepPolicy()
+        self.every_s = every_s
+        self.sweeps = 0
+        self.last_error: StoreError | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def run_once(self) -> Swept:
+        """One sweep, and what earlier erasures had to leave; raises `StoreError`."""
+        swept = self.store.sweep(self.policy)
+        with contextlib.suppress(StoreLockedError):  # another process still reads old pages
+            self.store.finish_erasures()
+        self.sweeps += 1
+        return swept
+
+    def start(self) -> None:
+        """Sweep in the background, for the first time at once; starting twice is fine."""
+        if self._thread is None:
+            self._stop.clear()
+            self._thread = threading.Thread(target=self._run, name="memory-janitor", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Wait for the sweep that has begun, if any; none begins after."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.run_once()
+                self.last_error = None
+            except StoreError as error:
+                self.last_error = error
+            self._stop.wait(self.every_s)
+
+    def __enter__(self) -> Janitor:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
