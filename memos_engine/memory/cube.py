@@ -153,11 +153,10 @@ def _optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: None if value is None else check(value)
 
 
-def _integer(what: str, low: int | None = None) -> Callable[[Any], int]:
+def _integer(what: str, low: int) -> Callable[[Any], int]:
     def check(value: Any) -> int:
-        if type(value) is not int or (low is not None and value < low):
-            bound = "" if low is None else f" of at least {low}"
-            raise MemoryInputError(f"{what} must be an integer{bound}, not {value!r}.")
+        if type(value) is not int or not low <= value < 2**63:
+            raise MemoryInputError(f"{what} must be an integer of {low} to 2**63 - 1, not {value!r}.")
         return value
 
     return check
@@ -179,7 +178,7 @@ def _is(sound: Callable[[Any], Any], what: str) -> Callable[[Any], str]:
 
 
 validate_half_life = _optional(_seconds)
-validate_priority = _integer("priority")
+validate_priority = _integer("priority", -(2**63))
 _time = _optional(time_from_text)
 _id = _is(is_cube_id, "memory id")
 _CHECKS: dict[str, Callable[[Any], Any]] = {

@@ -96,7 +96,7 @@ class StoreKeys:
 
     def request_hmac(self, *parts: str) -> bytes:
         """Keyed fingerprint (32 bytes) of what a call asked for."""
-        return self._derive(b"request", "".join(f"{len(part)}:{part}" for part in parts).encode())
+        return self._derive(b"request", "".join(f"{len(p)}:{p}" for p in parts).encode("utf-8", "replace"))
 
     def token_hmac(self, owner: Principal, token: str) -> bytes:
         """Keyed fingerprint (32 bytes) of a caller's idempotency key within its owner's scope."""

@@ -21,6 +21,7 @@ from memos_engine.memory.store_base import StoreBase
 from memos_engine.memory.store_rows import append_audit, caller, find, principal_id, record_move
 from memos_engine.memory.store_versions import link
 from memos_engine.memory.store_view import visible
+from memos_engine.memory.values import is_number
 
 LINKS = ("derived_from", "mentions", "supersedes")
 EFFECTS = ("allow", "deny")
@@ -178,9 +179,14 @@ class AccessVerbs(StoreBase):
         """
         with self._change() as (conn, now):
             row = conn.execute(
-                f"{_GRANTS} WHERE g.id = :id AND g.revoked_at IS NULL AND o.tenant = :tenant AND "
+                f"{_GRANTS} WHERE g.id = :id AND g.revoked_at IS NULL AND o.tenant = "
+                ":tenant AND "
                 "(o.user = :user OR b.user = :user)",
-                {"id": grant_id, "tenant": principal.tenant, "user": principal.key},
+                {
+                    "id": grant_id if is_number(grant_id) else 0,
+                    "tenant": principal.tenant,
+                    "user": principal.key,
+                },
             ).fetchone()
             if row is None:
                 raise MemoryNotFoundError(f"there is no grant {grant_id!r} to revoke; grants shows them.")

@@ -30,7 +30,7 @@ from memos_engine.memory.store_versions import content_of, link, unflag_derived
 from memos_engine.memory.store_view import visible
 from memos_engine.memory.store_write import WriteVerbs
 from memos_engine.memory.timemachine import Branch, Rollback, VersionDiff, changed_lines
-from memos_engine.memory.values import moment_text
+from memos_engine.memory.values import is_number, moment_text
 from memos_engine.memory.vault import BlobRef
 
 Mark = int | datetime | str  # a version, or a moment
@@ -86,7 +86,7 @@ class TimeVerbs(WriteVerbs, LifeVerbs):
             check_version(cube, if_version)
             if cube.state is not LifecycleState.ARCHIVED:
                 check_changeable(principal, cube, "rollback")
-            if type(version) is not int or version == cube.version:
+            if not is_number(version) or version == cube.version:
                 raise MemoryInputError(
                     f"memory {cube_id!r} is at version {cube.version}; name another one, not {version!r}."
                 )

@@ -12,6 +12,7 @@ from memos_engine.memory.cube import Fact, MemCube, Provenance, time_from_text, 
 from memos_engine.memory.fact import gist_of
 from memos_engine.memory.governance import Principal, StoreKeys
 from memos_engine.memory.store_rows import append_audit, caller
+from memos_engine.memory.values import is_number
 
 DERIVATIONS = ("derived_from", "merged_from", "branch_of")
 """Edges along which a text's words travel."""
@@ -68,11 +69,12 @@ def content_of(conn: sqlite3.Connection, cube_id: str, version: int) -> Content:
     """What a version holds, as it was written. Raises `MemoryInputError` where there is no such version."""
     row = conn.execute(
         "SELECT b.body, b.tags, v.origin, v.semantic_type, f.subject, f.attribute, f.valid_from, f.valid_to, "
-        "f.cube_id, s.data FROM cube_version v JOIN cube_body b ON b.cube_id = v.cube_id AND b.version = "
-        "v.version LEFT JOIN fact f ON f.cube_id = v.cube_id AND f.version = v.version LEFT JOIN "
-        "cube_source s "
-        "ON s.cube_id = v.cube_id AND s.version = v.version WHERE v.cube_id = ? AND v.version = ?",
-        (cube_id, version),
+        "f.cube_id, s.data FROM cube_version v "
+        "JOIN cube_body b ON b.cube_id = v.cube_id AND b.version = v.version "
+        "LEFT JOIN fact f ON f.cube_id = v.cube_id AND f.version = v.version "
+        "LEFT JOIN cube_source s ON s.cube_id = v.cube_id AND s.version = v.version "
+        "WHERE v.cube_id = ? AND v.version = ?",
+        (cube_id, version if is_number(version) else 0),
     ).fetchone()
     if row is None:
         raise MemoryInputError(

@@ -71,6 +71,11 @@ def is_cube_id(value: object) -> bool:
     return isinstance(value, str) and _ID.fullmatch(value) is not None
 
 
+def is_number(value: object) -> bool:
+    """Whether this can be a version or a row number: SQLite takes no longer integers."""
+    return type(value) is int and 0 < value < 2**63
+
+
 def time_to_text(moment: datetime) -> str:
     """ISO 8601 in UTC, always 32 characters, so that texts sort as times do. Raises `MemoryInputError`."""
     if not isinstance(moment, datetime) or moment.tzinfo is None:
