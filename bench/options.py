@@ -34,12 +34,12 @@ class Options:
     """Common options (see `docs/benchmarks.md`). A bench reads those that concern it.
 
     contexts: memory tokens, split evenly over `memories`; queries: tokens computed behind them; batches:
-    requests decoded together; methods: those of the quality bench (empty: all); n: measured rounds or prompts
-    (None: the bench's own default, fewer with `quick`); peers: systems beside ours (None: all that are
-    installed); data: folder of evaluation sets; objective_ms: the first token's deadline of the load bench;
-    profile: keep what `quality` found beside the models, for the scheduler; out: folder for JSON, HTML and
-    PNG; resume: keep the units that an interrupted run finished there; peer_timeout: seconds one call may
-    take.
+    requests decoded together; cubes: memories of a store; methods: those of the quality bench (empty: all);
+    n: measured rounds or prompts (None: the bench's own default, fewer with `quick`); peers: systems beside
+    ours (None: all that are installed); data: folder of evaluation sets; objective_ms: the first token's
+    deadline of the load bench; profile: keep what `quality` found beside the models, for the scheduler; out:
+    folder for JSON, HTML and PNG; resume: keep the units that an interrupted run finished there;
+    peer_timeout: seconds one call may take.
     """
 
     model: str = "smollm2"
@@ -51,6 +51,7 @@ class Options:
     batches: tuple[int, ...] = ()
     memories: tuple[int, ...] = ()
     recompute: tuple[float, ...] = ()
+    cubes: tuple[int, ...] = ()
     methods: tuple[str, ...] = ()
     peers: tuple[str, ...] | None = None
     dataset: str = "xquad_en"
@@ -70,7 +71,7 @@ class Options:
             raise ConfigError(f"dtype={self.dtype!r}: use float32, bfloat16 or auto.")
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"device={self.device!r}: use cpu or cuda.")
-        for name in ("contexts", "queries", "batches", "memories"):
+        for name in ("contexts", "queries", "batches", "memories", "cubes"):
             low = [value for value in getattr(self, name) if value < 1]
             if low:
                 raise ConfigError(f"{name[:-1]} {low[0]}: must be at least 1.")

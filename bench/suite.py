@@ -31,6 +31,7 @@ BENCHES: dict[str, str] = {
     "attach": "attach",
     "int8": "int8",
     "steady": "steady",
+    "store": "store",
     "quality": "quality",
 }
 

@@ -64,6 +64,12 @@ BENCHES = {
         "token as fast as the first. Then as many answers again and again at once, and whether any record is "
         "another than before.",
     ),
+    "store": (
+        "The store",
+        "What keeping memories costs as they grow in number: adding one so that it survives a power cut, "
+        "beside the fsync that nobody can do without; reading one through access control, now and in the "
+        "past; opening the store; bytes on disk.",
+    ),
     "compare": (
         "Comparison of two results",
         "Row by row: the later run over the earlier. A verdict is given only where the whole 95 % interval "

@@ -42,6 +42,7 @@ def _register(bench: str, summary: str) -> None:
         recompute: Annotated[
             list[float] | None, typer.Option(help="Share of memory tokens computed anew; may be repeated.")
         ] = None,
+        cubes: Annotated[Many, typer.Option(help="Memories of a store; may be repeated.")] = None,
         method: Annotated[
             list[str] | None, typer.Option(help="A method of `quality` (default: all); may be repeated.")
         ] = None,
@@ -84,6 +85,7 @@ def _register(bench: str, summary: str) -> None:
             batches=tuple(batch or ()),
             memories=tuple(memories or ()),
             recompute=tuple(recompute or ()),
+            cubes=tuple(cubes or ()),
             methods=tuple(method or ()),
             peers=_names(peers),
             dataset=dataset,
@@ -167,6 +169,7 @@ _COLUMNS = {
     "kernels": "op shape backend us_p50 share_of_limit",
     "load": "mode traffic offered_per_s clients met_share goodput_per_s ttft_ms_p50 ttft_ms_p95 itl_ms_p50",
     "paper-table5": "context query build_ms direct_ms ours_ms reduction break_even paper_reduction",
+    "store": "cubes add_ms_p50 add_ms_p95 fsync_ms_p95 get_ms_p50 get_ms_p95 open_s bytes_per_cube",
     "steady": "part recompute ttft_ms_p50 ttft_ms_p95 host_share vault_mb records_changed records_added",
 }
 
@@ -191,6 +194,7 @@ for _bench, _summary in {
     "attach": "What attach() costs a generate() call: an empty store, no store, the engine, transformers.",
     "int8": "What decoding with weights of eight bits costs in quality.",
     "steady": "Hundreds of requests in novel orders: last against first TTFT; do records stay as they were?",
+    "store": "The store by its size: adding beside a bare fsync, reading, opening, bytes on disk.",
     "all": "Everything above, into one folder with one report.",
 }.items():
     _register(_bench, _summary)

@@ -27,7 +27,12 @@ def gist_of(text: str) -> str:
     """The words of a text, once each and sorted: equal for texts that differ in order, case or "
     "punctuation."""
     plain = folded(text)
-    return " ".join(sorted(set(re.findall(r"\w+", plain)))) or plain
+    words = {word for word in re.findall(r"\w+|[^\w\s]", plain) if not _is_punctuation(word)}
+    return " ".join(sorted(words)) or plain
+
+
+def _is_punctuation(word: str) -> bool:
+    return len(word) == 1 and unicodedata.category(word)[0] in "PC"
 
 
 @dataclass(frozen=True, slots=True)

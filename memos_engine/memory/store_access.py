@@ -98,7 +98,8 @@ class AccessVerbs(StoreBase):
         """Change a memory's settings; those left out stay. They hold for reads of the past, too.
 
         `visibility`: `private`, `read_only` (everybody of the tenant may read) or `shared` (and write).
-        Others than the owner need a grant to share for `visibility`, one to write for the rest. Raises
+        Others than the owner need a grant to share for `visibility` (for `shared` one to write, too), and
+        one to write for the rest. Raises
         `MemoryInputError`, `MemoryNotFoundError`, `AccessError`.
         """
         wanted = {
@@ -117,6 +118,8 @@ class AccessVerbs(StoreBase):
             if visibility is not None:
                 cube = find(conn, principal, cube_id, now, action="share")
                 _no_branch(principal)
+            if visibility == "shared":  # nobody gives more than they have
+                cube = find(conn, principal, cube_id, now, action="write")
             if (expiry := changes.get("ttl_at")) is not None and expiry <= now:
                 raise MemoryInputError(f"ttl_at {expiry} is not in the future; delete the memory instead.")
             names = ", ".join(f"{name} = :{name}" for name in changes)
@@ -140,7 +143,8 @@ class AccessVerbs(StoreBase):
         Actions: `read`; `write` (and read): new versions, links, archiving, freezing, deleting; `share` (and
         read): grants of what the grantee may do. `effect="deny"` takes it away, whatever else allows it;
         owners cannot be denied anything. Somebody with a grant to share may grant, for that memory only, what
-        they may do themselves. Audited. Raises `MemoryInputError`, `MemoryNotFoundError`, `AccessError`.
+        they may do themselves; that stays until revoked. Audited. Raises `MemoryInputError`,
+        `MemoryNotFoundError`, `AccessError`.
         """
         if action not in RULES:
             raise MemoryInputError(f"action must be one of {', '.join(RULES)}, not {action!r}.")

@@ -185,13 +185,13 @@ class StoreBase:
                 for row in utils.query("SELECT state, count(*) n FROM cube GROUP BY state")
             }
             kv = next(utils.query("SELECT count(*) n, coalesce(sum(size), 0) size FROM kv_artifact"))
-            counts = {name: utils.table(name).count for name in ("principal", "vector", "audit", "erasure")}
+            counts = {name: utils.table(name).count for name in ("vector", "audit", "erasure")}
         return {
             "store_id": self.store_id,
             "schema": self._db.schema_version(),
             "cubes": sum(states.values()),
             "cubes_by_state": states,
-            "users": counts["principal"],
+            "users": len(self.known_users()),
             "vectors": counts["vector"],
             "kv_records": kv["n"],
             "kv_bytes": kv["size"],

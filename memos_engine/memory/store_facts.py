@@ -13,6 +13,7 @@ from memos_engine.memory.governance import Principal
 from memos_engine.memory.lifecycle import LifecycleState
 from memos_engine.memory.store_rows import record_event
 from memos_engine.memory.store_versions import link
+from memos_engine.memory.store_view import visible
 
 
 def close_fact(conn: sqlite3.Connection, cube_id: str, version: int, until: str | None, now: str) -> None:
@@ -41,7 +42,7 @@ def settle(conn: sqlite3.Connection, principal: Principal, cube: MemCube, now: s
     ends = time_to_text(fact.valid_to) if fact.valid_to else None
     here = (cube.id, cube.version)
     next_start: str | None = None
-    for other, version, state, since, own_end, closed in _rivals(conn, cube, fact.key, starts):
+    for other, version, state, since, own_end, closed in _rivals(conn, principal, cube, starts, now):
         until = closed or own_end
         if until is not None and until <= since:
             continue  # never held: one with the same beginning took its place
@@ -64,16 +65,22 @@ def settle(conn: sqlite3.Connection, principal: Principal, cube: MemCube, now: s
 
 
 def _rivals(
-    conn: sqlite3.Connection, cube: MemCube, key: str, starts: str
+    conn: sqlite3.Connection, principal: Principal, cube: MemCube, starts: str, now: str
 ) -> list[tuple[str, int, str, str, str | None, str | None]]:
-    """The owner's living facts of this key that begin or hold after `starts`."""
+    """The owner's other living facts of the same key that begin or hold after `starts`.
+
+    Only those that the caller may write: others neither end by, nor bound, what somebody with a grant for one
+    memory says in it.
+    """
+    assert cube.fact is not None
+    where, params = visible(principal, now, action="write")
     return conn.execute(
-        "SELECT c.id, c.version, c.state, f.valid_from, f.valid_to, c.closed_at FROM fact f JOIN cube c ON "
-        "c.id = f.cube_id AND c.version = f.version WHERE f.key = :key AND c.id <> :id AND c.state <> "
-        "'expired' "
-        "AND c.owner = (SELECT owner FROM cube WHERE id = :id) AND (f.valid_from > :starts OR "
-        "coalesce(c.closed_at, f.valid_to, 'never') > :starts) ORDER BY c.id",
-        {"key": key, "id": cube.id, "starts": starts},
+        "SELECT c.id, c.version, c.state, f.valid_from, f.valid_to, c.closed_at FROM fact f "
+        "JOIN cube c ON c.id = f.cube_id AND c.version = f.version "
+        f"WHERE f.key = :key AND c.id <> :id AND c.owner = (SELECT owner FROM cube WHERE id = :id) AND "
+        f"{where} "
+        "AND (f.valid_from > :starts OR coalesce(c.closed_at, f.valid_to, 'never') > :starts) ORDER BY c.id",
+        {**params, "key": cube.fact.key, "id": cube.id, "starts": starts},
     ).fetchall()
 
 

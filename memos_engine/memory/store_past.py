@@ -26,7 +26,7 @@ from memos_engine.memory.store_rows import (
     record_event,
     record_move,
 )
-from memos_engine.memory.store_versions import content_of, link, unflag_derived
+from memos_engine.memory.store_versions import carry_forms, content_of, link, unflag_derived
 from memos_engine.memory.store_view import visible
 from memos_engine.memory.store_write import WriteVerbs
 from memos_engine.memory.timemachine import Branch, Rollback, VersionDiff, changed_lines
@@ -173,13 +173,7 @@ class TimeVerbs(WriteVerbs, LifeVerbs):
         """A new version with everything that an old one had; the stored KV that it named goes along."""
         content = content_of(conn, cube.id, version)
         new = self._new_version(conn, principal, cube, content, "rolled_back", state, now, parent=version)
-        key = {"id": cube.id, "old": version, "new": new}
-        conn.execute(
-            "INSERT INTO vector SELECT cube_id, :new, model_id, dim, vec FROM vector WHERE cube_id = :id AND "
-            "version = :old",
-            key,
-        )
-        conn.execute("UPDATE kv_artifact SET version = :new WHERE cube_id = :id AND version = :old", key)
+        carry_forms(conn, cube.id, version, new)
         if closed is not None:
             close_fact(conn, cube.id, new, closed, now)
 

@@ -91,6 +91,17 @@ def content_of(conn: sqlite3.Connection, cube_id: str, version: int) -> Content:
     )
 
 
+def carry_forms(conn: sqlite3.Connection, cube_id: str, old: int, new: int) -> None:
+    """A version of the same text has the vectors of the other one, and takes over its KV."""
+    key = {"id": cube_id, "old": old, "new": new}
+    conn.execute(
+        "INSERT INTO vector SELECT cube_id, :new, model_id, dim, vec FROM vector WHERE cube_id = :id AND "
+        "version = :old",
+        key,
+    )
+    conn.execute("UPDATE kv_artifact SET version = :new WHERE cube_id = :id AND version = :old", key)
+
+
 def dated(fact: Fact | None, now: str) -> Fact | None:
     """The fact with a beginning: now, unless it says another one. Raises `MemoryInputError`."""
     if fact is None or fact.key is None or fact.valid_from is not None:

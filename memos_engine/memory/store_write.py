@@ -37,6 +37,7 @@ from memos_engine.memory.store_rows import (
 from memos_engine.memory.store_vectors import Vector, insert_vector, unit_vector
 from memos_engine.memory.store_versions import (
     Content,
+    carry_forms,
     content_of,
     dated,
     flag_alike,
@@ -244,7 +245,7 @@ class WriteVerbs(StoreBase):
         those lines that are not there yet, so that repeating a text confirms it. `vector` embeds the whole
         new text. With `if_version` the update happens only while that is the memory's version. `merged_from`
         names memories that went into this one: they are archived. A fact stays unless another one, or None,
-        is given. Stored KV of the version before is not used any longer.
+        is given. Vectors and KV of the version before are not used any longer, unless the text is the same.
 
         Raises `MemoryInputError`, `MemoryNotFoundError`, `AccessError`, `LifecycleError` (frozen or
         archived), `ConflictError` (another version, or this key was used for another call), `StoreError`.
@@ -261,9 +262,9 @@ class WriteVerbs(StoreBase):
         sources, merged = ids_once("derived_from", derived_from), ids_once("merged_from", merged_from)
         request = self.keys.request_hmac("update", str(cube_id), mode, text)
         with self._change() as (conn, now):
-            caller = principal_id(conn, principal, now)
-            token = None
+            caller, token = 0, None
             if idempotency_key is not None:
+                caller = principal_id(conn, principal, now)
                 token = self.keys.token_hmac(principal, validate_text(idempotency_key, 1000))
                 done = conn.execute(
                     "SELECT request, cube_id FROM done WHERE caller = ? AND token = ?", (caller, token)
@@ -287,6 +288,8 @@ class WriteVerbs(StoreBase):
             version = self._new_version(conn, principal, cube, content, "updated", LifecycleState.MERGED, now)
             if isinstance(fact, Keep):
                 carry_closing(conn, cube, version, now)
+            if content.text == old.text:
+                carry_forms(conn, cube.id, cube.version, version)
             if unit is not None and model_id is not None:
                 insert_vector(conn, cube.id, version, model_id, unit)
             for other in merged:

@@ -119,6 +119,10 @@ def test_who_may_share_gives_no_more_than_they_have(
     with pytest.raises(AccessError):
         store.govern(carol, cube.id, visibility="shared")
     assert store.grants(bob) == [passed]
+    with pytest.raises(AccessError, match="write"):
+        store.govern(bob, cube.id, visibility="shared")
+    assert store.govern(bob, cube.id, visibility="read_only").visibility == "read_only"
+    assert store.govern(bob, cube.id, visibility="private").visibility == "private"
     store.revoke(bob, passed.id)
     with pytest.raises(MemoryNotFoundError):
         store.get(carol, cube.id)

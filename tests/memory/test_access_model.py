@@ -130,7 +130,8 @@ class Walk:
         cube = self.random.choice(list(self.world.cubes.values()))
         who, visibility = self.random.choice(USERS), self.random.choice(VISIBILITIES)
         gone = cube.id in self.world.deleted
-        if self.world.may(who, cube, "share", self.clock.now) and not gone:
+        needed = ("share", "write") if visibility == "shared" else ("share",)
+        if all(self.world.may(who, cube, one, self.clock.now) for one in needed) and not gone:
             self.store.govern(who, cube.id, visibility=visibility)
             self.world.visibility[cube.id] = visibility
         else:

@@ -51,6 +51,16 @@ def test_an_update_is_a_new_version_and_the_old_one_stays(
     store.audit_verify()
 
 
+def test_a_confirmation_keeps_vectors_and_kv(store: MemoryStore, alice: Principal, add: Add) -> None:
+    cube = add(store, alice, "a fact")
+    ref = store.put_kv(alice, cube.id, 1, "i", b"record", 3)
+    before = store.vectors(alice, "toy")[1]
+    new = store.update(alice, cube.id, "a fact", mode="merge", tags=["confirmed"])
+    assert (new.version, new.body, new.tags) == (2, "a fact", ("confirmed",))
+    assert store.find_kv(alice, cube.id, "i") == ref
+    assert (store.vectors(alice, "toy")[1] == before).all()
+
+
 def test_without_an_embedding_a_version_waits_for_one(store: MemoryStore, alice: Principal, add: Add) -> None:
     cube = add(store, alice, "one")
     new = store.update(alice, cube.id, "two")
@@ -216,12 +226,14 @@ def test_texts_of_the_same_words_are_marked_never_dropped(
     add(store, bob, "alice likes tea")
     second = add(store, alice, "tea: Alice LIKES")
     other = add(store, alice, "Alice likes coffee.")
+    pizza, burger = add(store, alice, "I \u2665 \U0001f355!"), add(store, alice, "I \u2665 \U0001f354!")
+    assert pizza.fingerprint != burger.fingerprint
     assert first.fingerprint == second.fingerprint != other.fingerprint
     assert [(e.kind, e.source, e.target) for e in store.lineage(alice, first.id)] == [
         ("resembles", second.id, first.id)
     ]
     assert store.lineage(alice, other.id) == []
-    assert len(store.list(alice)) == 3
+    assert len(store.list(alice)) == 5
 
 
 def test_derivations(store: MemoryStore, alice: Principal, bob: Principal, add: Add) -> None:
