@@ -183,9 +183,8 @@ class AccessVerbs(StoreBase):
         """
         with self._change() as (conn, now):
             row = conn.execute(
-                f"{_GRANTS} WHERE g.id = :id AND g.revoked_at IS NULL AND o.tenant = "
-                ":tenant AND "
-                "(o.user = :user OR b.user = :user)",
+                f"{_GRANTS} WHERE g.id = :id AND g.revoked_at IS NULL AND o.tenant = :tenant AND (o.user = "
+                ":user OR b.user = :user)",
                 {
                     "id": grant_id if is_number(grant_id) else 0,
                     "tenant": principal.tenant,

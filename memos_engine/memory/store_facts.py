@@ -75,11 +75,10 @@ def _rivals(
     assert cube.fact is not None
     where, params = visible(principal, now, action="write")
     return conn.execute(
-        "SELECT c.id, c.version, c.state, f.valid_from, f.valid_to, c.closed_at FROM fact f "
-        "JOIN cube c ON c.id = f.cube_id AND c.version = f.version "
-        f"WHERE f.key = :key AND c.id <> :id AND c.owner = (SELECT owner FROM cube WHERE id = :id) AND "
-        f"{where} "
-        "AND (f.valid_from > :starts OR coalesce(c.closed_at, f.valid_to, 'never') > :starts) ORDER BY c.id",
+        "SELECT c.id, c.version, c.state, f.valid_from, f.valid_to, c.closed_at FROM fact f JOIN cube c ON "
+        "c.id = f.cube_id AND c.version = f.version WHERE f.key = :key AND c.id <> :id AND c.owner = "
+        f"(SELECT owner FROM cube WHERE id = :id) AND {where} AND (f.valid_from > :starts OR "
+        "coalesce(c.closed_at, f.valid_to, 'never') > :starts) ORDER BY c.id",
         {**params, "key": cube.fact.key, "id": cube.id, "starts": starts},
     ).fetchall()
 

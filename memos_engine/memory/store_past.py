@@ -39,8 +39,7 @@ _LAST = "(SELECT max(x.seq) FROM cube_event x WHERE x.cube_id = c.id{})"
 # Rows of one version that go into another one, of the same memory or of a copy.
 _COPIES = (
     "INSERT INTO cube_version (cube_id, version, at, origin, semantic_type, body_hmac, key_id, gist) "
-    "SELECT :to, "
-    "1, :now, origin, semantic_type, body_hmac, key_id, gist FROM cube_version WHERE {}",
+    "SELECT :to, 1, :now, origin, semantic_type, body_hmac, key_id, gist FROM cube_version WHERE {}",
     "INSERT INTO cube_body SELECT :to, 1, body, tags FROM cube_body WHERE {}",
     "INSERT INTO fact SELECT :to, 1, subject, attribute, key, valid_from, valid_to FROM fact WHERE {}",
     "INSERT INTO cube_source SELECT :to, 1, data FROM cube_source WHERE {}",
@@ -110,11 +109,10 @@ class TimeVerbs(WriteVerbs, LifeVerbs):
             if at > now:
                 raise MemoryInputError(f"{at} is still to come; name a moment in the past.")
             rows = conn.execute(
-                f"SELECT c.id, e.version, e.state FROM cube c LEFT JOIN cube_event e ON e.seq = "
-                f"{_LAST.format(' AND x.at <= :at')} WHERE {where} AND {_LAST.format('')} > "
-                "coalesce(e.seq, 0) "
-                "AND NOT EXISTS (SELECT 1 FROM erasure x WHERE x.cube_id = c.id) "
-                "AND (c.ttl_at IS NULL OR c.ttl_at > :now) ORDER BY c.id",
+                "SELECT c.id, e.version, e.state FROM cube c LEFT JOIN cube_event e ON e.seq = "
+                f"{_LAST.format(' AND x.at <= :at')} WHERE {where} AND {_LAST.format('')} > coalesce(e.seq, "
+                "0) AND NOT EXISTS (SELECT 1 FROM erasure x WHERE x.cube_id = c.id) AND (c.ttl_at IS NULL "
+                "OR c.ttl_at > :now) ORDER BY c.id",
                 {**params, "at": at, "now": now},
             ).fetchall()
             for cube_id, version, state in rows:
@@ -202,8 +200,7 @@ class TimeVerbs(WriteVerbs, LifeVerbs):
             conn.execute("INSERT INTO branch (scope, origin, at) VALUES (?, ?, ?)", (row[0], origin, now))
             originals = conn.execute(
                 f"SELECT c.id FROM cube c WHERE {where} AND c.state IN (SELECT value FROM "
-                "json_each(:states)) "
-                "ORDER BY c.id",
+                "json_each(:states)) ORDER BY c.id",
                 {**params, "now": now, "states": live_states()},
             ).fetchall()
             for (original,) in originals:
@@ -225,18 +222,16 @@ class TimeVerbs(WriteVerbs, LifeVerbs):
         which = {"to": copy, "now": now, "id": cube.id, "version": cube.version, "scope": scope_id}
         conn.execute(
             "INSERT INTO cube (id, provenance_id, owner, kind, version, state, created_at, updated_at, "
-            "origin, "
-            "semantic_type, priority, ttl_at, sensitivity, gist, half_life_s) SELECT :to, provenance_id, "
-            ":scope, kind, 1, 'generated', :now, :now, origin, semantic_type, priority, ttl_at, sensitivity, "
-            "gist, half_life_s FROM cube WHERE id = :id",
+            "origin, semantic_type, priority, ttl_at, sensitivity, gist, half_life_s) SELECT :to, "
+            "provenance_id, :scope, kind, 1, 'generated', :now, :now, origin, semantic_type, priority, "
+            "ttl_at, sensitivity, gist, half_life_s FROM cube WHERE id = :id",
             which,
         )
         for statement in _COPIES:
             conn.execute(statement.format("cube_id = :id AND version = :version"), which)
         conn.execute(
-            "INSERT INTO kv_context SELECT x.identity, :to, x.source_id FROM kv_context x JOIN "
-            "kv_artifact k ON "
-            "k.identity = x.identity AND k.cube_id = :to WHERE x.cube_id = :id",
+            "INSERT INTO kv_context SELECT x.identity, :to, x.source_id FROM kv_context x JOIN kv_artifact "
+            "k ON k.identity = x.identity AND k.cube_id = :to WHERE x.cube_id = :id",
             which,
         )
         record_event(conn, scope, copy, 1, "branched", LifecycleState.GENERATED, now)
@@ -273,8 +268,7 @@ class TimeVerbs(WriteVerbs, LifeVerbs):
         with self._change() as (conn, now):
             changed = conn.execute(
                 "UPDATE branch SET dropped_at = ? WHERE dropped_at IS NULL AND scope = (SELECT id FROM "
-                "principal "
-                "WHERE tenant = ? AND user = ?)",
+                "principal WHERE tenant = ? AND user = ?)",
                 (now, scope.tenant, scope.key),
             ).rowcount
             if not changed or not name:

@@ -87,9 +87,8 @@ class ReadVerbs(StoreBase):
         with self._db.read() as conn:
             rows = conn.execute(
                 "SELECT e.version, e.at, e.event, e.state, b.body FROM cube_event e JOIN cube c ON c.id = "
-                "e.cube_id LEFT JOIN cube_body b ON b.cube_id = e.cube_id AND b.version = e.version "
-                f"WHERE {seen.where} AND e.cube_id = :id AND (:until IS NULL OR e.at <= :until) ORDER "
-                "BY e.seq",
+                "e.cube_id LEFT JOIN cube_body b ON b.cube_id = e.cube_id AND b.version = e.version WHERE "
+                f"{seen.where} AND e.cube_id = :id AND (:until IS NULL OR e.at <= :until) ORDER BY e.seq",
                 {**seen.params, "id": cube_id if is_cube_id(cube_id) else "", "until": until},
             ).fetchall()
         if not rows:

@@ -179,9 +179,8 @@ def principal_id(conn: sqlite3.Connection, principal: Principal, now: str) -> in
     names = (principal.tenant, principal.key)
     if principal.branch:
         row = conn.execute(
-            "SELECT p.id FROM branch b JOIN principal p ON p.id = b.scope WHERE p.tenant = ? AND "
-            "p.user = ? AND "
-            "b.dropped_at IS NULL",
+            "SELECT p.id FROM branch b JOIN principal p ON p.id = b.scope WHERE p.tenant = ? AND p.user = "
+            "? AND b.dropped_at IS NULL",
             names,
         ).fetchone()
         if row is None:
@@ -197,9 +196,8 @@ def principal_id(conn: sqlite3.Connection, principal: Principal, now: str) -> in
 def last_moment(conn: sqlite3.Connection) -> str | None:
     """The latest time that the store has written: of a change, or of a use."""
     row = conn.execute(
-        "SELECT max(at) FROM (SELECT json_extract(event, '$.at') at FROM (SELECT event FROM audit "
-        "ORDER BY seq "
-        "DESC LIMIT 1) UNION ALL SELECT at FROM (SELECT at FROM access_log ORDER BY seq DESC LIMIT 1))"
+        "SELECT max(at) FROM (SELECT json_extract(event, '$.at') at FROM (SELECT event FROM audit ORDER BY "
+        "seq DESC LIMIT 1) UNION ALL SELECT at FROM (SELECT at FROM access_log ORDER BY seq DESC LIMIT 1))"
     ).fetchone()
     return None if row[0] is None else str(row[0])
 

@@ -24,8 +24,8 @@ _EXPIRED = ("expired", LifecycleState.EXPIRED, f"c.ttl_at <= :now AND c.state IN
 _FADED = (
     "faded",
     LifecycleState.ARCHIVED,
-    f"c.half_life_s IS NOT NULL AND c.state IN ({_STATES}) AND "
-    f"(julianday(:now) - julianday({_ACTIVE})) * 86400 > c.half_life_s * :halvings",
+    f"c.half_life_s IS NOT NULL AND c.state IN ({_STATES}) AND (julianday(:now) - julianday({_ACTIVE})) * "
+    "86400 > c.half_life_s * :halvings",
 )
 _IDLE = ("idle", LifecycleState.ARCHIVED, f"c.state IN ({_STATES}) AND {_ACTIVE} <= :before")
 _FORGOTTEN = ("forgotten", LifecycleState.EXPIRED, "c.state = 'archived' AND c.updated_at <= :before")

@@ -80,10 +80,8 @@ class VectorRows(StoreBase):
         with self._db.read() as conn:
             rows = conn.execute(
                 f"SELECT c.id, v.vec FROM cube c {seen.join} JOIN vector v ON v.cube_id = c.id AND "
-                "v.version = "
-                f"{seen.version} WHERE {seen.where} AND v.model_id = :model AND {seen.state} IN (SELECT "
-                "value "
-                "FROM json_each(:states)) ORDER BY c.id",
+                f"v.version = {seen.version} WHERE {seen.where} AND v.model_id = :model AND {seen.state} IN "
+                "(SELECT value FROM json_each(:states)) ORDER BY c.id",
                 {**seen.params, "model": model_id, "states": live_states()},
             ).fetchall()
             known = conn.execute("SELECT dim FROM embedder WHERE model_id = ?", (model_id,)).fetchone()

@@ -45,9 +45,8 @@ def insert_version(
     fingerprint = keys.body_hmac(content.text)
     gist = keys.gist_hmac(owner, gist_of(content.text))
     conn.execute(
-        "INSERT INTO cube_version (cube_id, version, parent, at, origin, semantic_type, body_hmac, "
-        "key_id, gist) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO cube_version (cube_id, version, parent, at, origin, semantic_type, body_hmac, key_id, "
+        "gist) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (*key, parent, now, content.origin, content.semantic_type, fingerprint, keys.id, gist),
     )
     conn.execute("INSERT INTO cube_body VALUES (?, ?, ?, ?)", (*key, content.text, json.dumps(content.tags)))
@@ -68,12 +67,11 @@ def insert_version(
 def content_of(conn: sqlite3.Connection, cube_id: str, version: int) -> Content:
     """What a version holds, as it was written. Raises `MemoryInputError` where there is no such version."""
     row = conn.execute(
-        "SELECT b.body, b.tags, v.origin, v.semantic_type, f.subject, f.attribute, f.valid_from, f.valid_to, "
-        "f.cube_id, s.data FROM cube_version v "
-        "JOIN cube_body b ON b.cube_id = v.cube_id AND b.version = v.version "
-        "LEFT JOIN fact f ON f.cube_id = v.cube_id AND f.version = v.version "
-        "LEFT JOIN cube_source s ON s.cube_id = v.cube_id AND s.version = v.version "
-        "WHERE v.cube_id = ? AND v.version = ?",
+        "SELECT b.body, b.tags, v.origin, v.semantic_type, f.subject, f.attribute, f.valid_from, "
+        "f.valid_to, f.cube_id, s.data FROM cube_version v JOIN cube_body b ON b.cube_id = v.cube_id AND "
+        "b.version = v.version LEFT JOIN fact f ON f.cube_id = v.cube_id AND f.version = v.version LEFT "
+        "JOIN cube_source s ON s.cube_id = v.cube_id AND s.version = v.version WHERE v.cube_id = ? AND "
+        "v.version = ?",
         (cube_id, version if is_number(version) else 0),
     ).fetchone()
     if row is None:
@@ -122,8 +120,7 @@ def link(
         names = ", ".join(f"'{name}'" for name in DERIVATIONS)
         cyclic = conn.execute(
             "WITH RECURSIVE up (id) AS (SELECT :target UNION SELECT e.target FROM edge e JOIN up ON "
-            "e.source = "
-            f"up.id WHERE e.kind IN ({names})) SELECT 1 FROM up WHERE id = :source",
+            f"e.source = up.id WHERE e.kind IN ({names})) SELECT 1 FROM up WHERE id = :source",
             {"source": source[0], "target": target[0]},
         ).fetchone()
         if cyclic:
@@ -177,9 +174,8 @@ def unflag_derived(conn: sqlite3.Connection, cube_id: str) -> None:
 def flag_alike(conn: sqlite3.Connection, cube: MemCube, now: str) -> None:
     """An edge to the owner's oldest living memory of the same words: duplicates are shown, never dropped."""
     row = conn.execute(
-        "SELECT o.id, o.version FROM cube c JOIN cube o ON o.owner = c.owner AND o.gist = c.gist "
-        "WHERE c.id = ? AND o.id <> c.id AND o.state <> 'expired' AND o.gist IS NOT NULL ORDER BY o.id "
-        "LIMIT 1",
+        "SELECT o.id, o.version FROM cube c JOIN cube o ON o.owner = c.owner AND o.gist = c.gist WHERE "
+        "c.id = ? AND o.id <> c.id AND o.state <> 'expired' AND o.gist IS NOT NULL ORDER BY o.id LIMIT 1",
         (cube.id,),
     ).fetchone()
     if row is not None:

@@ -147,9 +147,8 @@ def view(
         params["valid_at"] = valid_at
         extra = (
             f" AND ({found.closed} IS NULL OR {found.closed} > :valid_at) AND NOT EXISTS (SELECT 1 FROM "
-            "fact w "
-            f"WHERE w.cube_id = c.id AND w.version = {found.version} AND (w.valid_from > :valid_at OR "
-            "w.valid_to <= :valid_at))"
+            f"fact w WHERE w.cube_id = c.id AND w.version = {found.version} AND (w.valid_from > :valid_at "
+            "OR w.valid_to <= :valid_at))"
         )
     elif not closed:
         params["valid_at"] = as_of or now

@@ -146,10 +146,9 @@ class WriteVerbs(StoreBase):
         check_move(None, LifecycleState.GENERATED)
         conn.execute(
             "INSERT INTO cube (id, provenance_id, owner, kind, version, state, created_at, updated_at, "
-            "origin, "
-            "semantic_type, visibility, priority, ttl_at, half_life_s, sensitivity, idempotency) VALUES "
-            "(:id, :id, :owner, 'text', 1, :state, :now, :now, :origin, :type, :visibility, :priority, :ttl, "
-            ":half_life, :sensitivity, :token)",
+            "origin, semantic_type, visibility, priority, ttl_at, half_life_s, sensitivity, idempotency) "
+            "VALUES (:id, :id, :owner, 'text', 1, :state, :now, :now, :origin, :type, :visibility, "
+            ":priority, :ttl, :half_life, :sensitivity, :token)",
             {
                 "id": cube_id,
                 "owner": owner,
