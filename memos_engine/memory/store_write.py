@@ -260,18 +260,13 @@ class WriteVerbs(StoreBase):
         unit = None if vector is None else unit_vector(vector)
         sources, merged = ids_once("derived_from", derived_from), ids_once("merged_from", merged_from)
         request = self.keys.request_hmac("update", str(cube_id), mode, text)
+        token = None
+        if idempotency_key is not None:
+            token = self.keys.token_hmac(principal, validate_text(idempotency_key, 1000))
         with self._change() as (conn, now):
-            caller, token = 0, None
-            if idempotency_key is not None:
-                caller = principal_id(conn, principal, now)
-                token = self.keys.token_hmac(principal, validate_text(idempotency_key, 1000))
-                done = conn.execute(
-                    "SELECT request, cube_id FROM done WHERE caller = ? AND token = ?", (caller, token)
-                ).fetchone()
-                if done is not None and done[0] != request:
-                    raise ConflictError("this idempotency key was used for another call; use a new key.")
-                if done is not None:
-                    return self._still_there(conn, principal, done[1], now)
+            call = None if token is None else (principal_id(conn, principal, now), token)
+            if call is not None and (earlier := self._repeated(conn, principal, call, request, now)):
+                return earlier
             cube = find(conn, principal, cube_id, now, action="write")
             check_version(cube, if_version)
             check_changeable(principal, cube, "update")
@@ -293,11 +288,26 @@ class WriteVerbs(StoreBase):
                 insert_vector(conn, cube.id, version, model_id, unit)
             for other in merged:
                 self._merge_in(conn, principal, (cube.id, version), other, now)
-            if token is not None:
-                conn.execute(
-                    "INSERT INTO done VALUES (?, ?, ?, ?, ?)", (caller, token, request, cube.id, version)
-                )
+            if call is not None:
+                conn.execute("INSERT INTO done VALUES (?, ?, ?, ?, ?)", (*call, request, cube.id, version))
             return self._connect(conn, principal, cube.id, "derived_from", sources, now)
+
+    def _repeated(
+        self,
+        conn: sqlite3.Connection,
+        principal: Principal,
+        call: tuple[int, bytes],
+        request: bytes,
+        now: str,
+    ) -> MemCube | None:
+        row = conn.execute(
+            "SELECT request, cube_id FROM done WHERE caller = ? AND token = ?", call
+        ).fetchone()
+        if row is None:
+            return None
+        if row[0] != request:
+            raise ConflictError("this idempotency key was used for another call; use a new key.")
+        return self._still_there(conn, principal, row[1], now)
 
     def _new_version(
         self,
