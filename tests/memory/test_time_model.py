@@ -74,7 +74,7 @@ class World:
     def settle(self, cube_id: str) -> None:
         """Of facts about the same thing, each ends where the next one begins; the rest stays."""
         new = self.memories[cube_id]
-        start = new.now.since
+        start, end = new.now.since, new.now.closed
         later: list[datetime] = []
         for other_id, other in self.memories.items():
             if other_id == cube_id or other.owner != new.owner or other.key != new.key:
@@ -85,8 +85,11 @@ class World:
             if that.closed is not None and that.closed <= max(that.since, min(start, that.since)):
                 continue
             if that.since > start:
-                later.append(that.since)
-            elif (that.closed is None or that.closed > start) and other.state is not S.FROZEN:
+                if end is None or that.since < end:
+                    later.append(that.since)
+                continue
+            within = end is not None and (that.closed is None or that.closed > end)
+            if (that.closed is None or that.closed > start) and not within and other.state is not S.FROZEN:
                 that.closed = start
         if later:
             new.now.closed = min(later)
