@@ -20,9 +20,10 @@ native: Any = importlib.import_module("memos_engine._cpu")
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Rows of x for which the native product was faster than torch's (`docs/benchmarks.md`); float32 with fewer
-# rows is a tie. On AMX tiles bfloat16 wins up to a few hundred rows, where torch's own tiles catch up.
-_AMX_ROWS = 256
-_PAIR_ROWS = 32  # the same with instructions for pairs of bfloat16
+# rows is a tie. Where pairs of bfloat16 are multiplied, 16 rows and more are tiles, for shapes that divide
+# into them; with more than a few hundred rows torch catches up.
+_TILE_ROWS = 256
+_PAIR_ROWS = 32  # whatever the shape
 _NATIVE_ROWS = {torch.float32: range(4, 9), torch.bfloat16: range(1, 5), torch.float16: range(1, 5)}
 _MESSAGES = {
     1: "query_start must ascend from 0 and stay within the rows of q",
@@ -36,8 +37,7 @@ _MESSAGES = {
 }
 
 
-_amx = False  # whether the level in use has tiles
-_pairs = False  # whether it multiplies pairs of bfloat16
+_pairs = False  # whether the level in use multiplies pairs of bfloat16
 
 
 def available() -> list[str]:
@@ -65,8 +65,8 @@ def select_isa(name: str) -> None:
         raise MemosEngineError(
             f"MEMOS_ENGINE_CPU_ISA={wanted} {why}; choose one of {', '.join(['reference', *levels])}"
         )
-    global _amx, _pairs
-    _amx, _pairs = wanted == "amx", wanted in ("amx", "avx512bf16")
+    global _pairs
+    _pairs = wanted in ("amx", "avx512bf16")
 
 
 def paged_attention(
@@ -349,9 +349,10 @@ def linear(x: Tensor, weight: Tensor, out: Tensor | None = None, scale: Tensor |
             if x.dtype in DTYPES
             else reference.linear(x, weight, out, scale)
         )
-    tiles = _amx and x.dtype == torch.bfloat16 and inputs % 32 == 0 and weight.shape[0] % 16 == 0
-    pairs = _pairs and x.dtype == torch.bfloat16 and 0 < rows <= _PAIR_ROWS
-    if pairs or rows in _NATIVE_ROWS.get(x.dtype, ()) or (tiles and 0 < rows <= _AMX_ROWS):
+    most = 0
+    if _pairs and x.dtype == torch.bfloat16:
+        most = _TILE_ROWS if inputs % 32 == 0 and weight.shape[0] % 16 == 0 else _PAIR_ROWS
+    if 0 < rows <= most or rows in _NATIVE_ROWS.get(x.dtype, ()):
         return native_linear(x, weight, out)
     return reference.linear(x, weight, out)
 
