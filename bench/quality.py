@@ -54,7 +54,8 @@ Samples = dict[Key, Figures]
 NOTES = (
     "Float32 against full prefill of the same ids, over its greedy answer until end of text, at most 16 "
     "tokens; kl_token1 is the first of them alone, kl_p99 the 99th percentile over all tokens of all "
-    "prompts, all other figures are means over prompts. Nothing is reused between prompts or methods.",
+    "prompts, kl_tokens and top1_tokens are means over all tokens, all other figures means over prompts. "
+    "Nothing is reused between prompts or methods.",
     f"Memories are runs of whole sentences of a paragraph, about {MEMORY_TOKENS} tokens a prompt, divided by "
     "the number of memories: with 3 most paragraphs are whole or halved, with 8 a memory is a sentence or 2.",
     "Every method that splices has the memory in slot 0 exact by construction: its record was encoded behind "
@@ -217,6 +218,7 @@ def _aggregate(document: Document, kept: dict[str, Any]) -> None:
 def _row(count: int, key: Key, figures: Figures) -> Row:
     per_prompt = [float(np.mean(values)) for values in figures["kl"]]
     kl, f1 = bootstrap(per_prompt), bootstrap(figures["f1"])
+    tokens = [len(values) for values in figures["kl"]]
     return {
         "method": key[0],
         "recompute": key[1],
@@ -227,6 +229,8 @@ def _row(count: int, key: Key, figures: Figures) -> Row:
         "kl_p99": _short(float(np.percentile(np.concatenate(figures["kl"]), 99))),
         "kl_token1": _short(float(np.mean([values[0] for values in figures["kl"]]))),
         "top1": round(float(np.mean(figures["top1"])), 4),
+        "kl_tokens": _short(float(np.mean(np.concatenate(figures["kl"])))),
+        "top1_tokens": round(float(np.average(figures["top1"], weights=tokens)), 4),
         "answer_f1": round(f1.value, 4),
         "f1_low": round(f1.low, 4),
         "f1_high": round(f1.high, 4),

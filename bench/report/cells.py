@@ -72,7 +72,9 @@ TITLES = {
     "kl_high": "KL, high end",
     "kl_p99": "KL, P99",
     "kl_token1": "KL, first token",
+    "kl_tokens": "KL, mean over tokens",
     "top1": "same top token",
+    "top1_tokens": "same top token, over tokens",
     "answer_f1": "answer F1",
     "answer_contains": "answer contains it",
     "build_ms": "build ms",
@@ -102,7 +104,16 @@ TITLES = {
     "rss_mb": "resident, MB",
 }
 SHARES = {
-    *("share_of_limit", "same_first_token", "met_share", "recompute", "top1", "reduction", "paper_reduction"),
+    *(
+        "share_of_limit",
+        "same_first_token",
+        "met_share",
+        "recompute",
+        "top1",
+        "top1_tokens",
+        "reduction",
+        "paper_reduction",
+    ),
     *("answer_contains", "difference", "excluded_share", "mean_recomputed", "kv_share", "host_share"),
 }
 

@@ -33,8 +33,8 @@ ORDER = {
     "share_of_limit same_first_token n",
     "decode": "system scope dtype context batch ms_per_token_p50 ms_per_token_p95 tokens_per_s "
     "share_of_limit n",
-    "quality": "method memories recompute kl_mean kl_low kl_high kl_p99 kl_token1 top1 answer_f1 "
-    "answer_contains n",
+    "quality": "method memories recompute kl_mean kl_low kl_high kl_p99 kl_token1 kl_tokens top1 "
+    "top1_tokens answer_f1 answer_contains n",
     "kernels": "op shape dtype backend us_p50 us_p95 share_of_limit n",
     "roofline": "ceiling dtype rows value unit n",
     "load": "system mode traffic offered_per_s clients objective_ms requests goodput_per_s met_share "

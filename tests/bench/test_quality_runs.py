@@ -17,8 +17,9 @@ from memos_engine.config import ConfigError
 from memos_engine.profile import load_profile
 
 KEYS = {
-    "method", "recompute", "memories", "kl_mean", "kl_low", "kl_high", "kl_p99", "kl_token1", "top1",
-    "answer_f1", "f1_low", "f1_high", "answer_contains", "mean_recomputed", "n", "samples",
+    "method", "recompute", "memories", "kl_mean", "kl_low", "kl_high", "kl_p99", "kl_token1", "kl_tokens",
+    "top1", "top1_tokens", "answer_f1", "f1_low", "f1_high", "answer_contains", "mean_recomputed",
+    "n", "samples",
 }  # fmt: skip
 
 
