@@ -135,16 +135,7 @@ def prompts(
     the questions are the same for every number of memories."""
     if memories > len(dataset.paragraphs):
         raise ConfigError(f"memories {memories}: the set has {len(dataset.paragraphs)} paragraphs.")
-    marks = len(layout.memory("x")) - 1
-    cut = [
-        passages(
-            text,
-            [(q.start, q.end) for q in dataset.questions if q.paragraph == number],
-            MEMORY_TOKENS // memories,
-            lambda piece: len(layout.memory(piece)) - marks,
-        )
-        for number, text in enumerate(dataset.paragraphs)
-    ]
+    cut = _cut(dataset, layout, memories)
     chosen = list(range(len(dataset.questions)))
     random.Random(f"questions/{options.seed}").shuffle(chosen)
     out = []
@@ -162,6 +153,26 @@ def prompts(
         query = layout.query(question.text)
         out.append(Prompt(index, key, spans, order.index(0), query, question.answers))
     return out
+
+
+def memory_spans(dataset: Dataset, layout: PromptLayout, memories: int) -> list[tuple[int, ...]]:
+    """All memories that prompts of so many can hold, in the set's order: what their owner keeps."""
+    cut = zip(dataset.paragraphs, _cut(dataset, layout, memories), strict=True)
+    return [layout.memory(text[start:end]) for text, ranges in cut for start, end in ranges]
+
+
+def _cut(dataset: Dataset, layout: PromptLayout, memories: int) -> list[list[tuple[int, int]]]:
+    """Each paragraph's passages, as character ranges."""
+    marks = len(layout.memory("x")) - 1
+    return [
+        passages(
+            text,
+            [(q.start, q.end) for q in dataset.questions if q.paragraph == number],
+            MEMORY_TOKENS // memories,
+            lambda piece: len(layout.memory(piece)) - marks,
+        )
+        for number, text in enumerate(dataset.paragraphs)
+    ]
 
 
 def passages(

@@ -10,6 +10,7 @@ from memos_engine.errors import MemosEngineError
 DTYPES = ("auto", "float32", "bfloat16")
 FORMS = ("auto", "text", "kv", "none")
 KV_DTYPES = ("auto", "int8")
+CONTEXTS = ("auto", "own", "neutral")
 SELECTIONS = ("attention", "rank")
 # Chosen on invented facts, apart from the demo's: of 48 questions SmolLM2-135M answers 34 from memories as
 # text, against 26 with its template's own prompt, and splicing loses none of them (against 9).
@@ -128,8 +129,10 @@ class MemoryConfig:
     their tokens to compute again, from 0 (fastest) to 1 (full prefill; docs/splicing.md). max_memories: most
     memories of one request. min_score: cosine below which a memory is left out. build: make missing KV
     records after the reply, off the request's path. kv_dtype: how KV is stored, in the model's dtype (auto)
-    or as int8, at about half the bytes of bfloat16. host_bytes: records kept in host memory. canary: share of
-    requests that are run again as full prefill, after the reply; where the first token is more than canary_kl
+    or as int8, at about half the bytes of bfloat16. contexts: what stands to the left of a memory while its
+    KV for other slots than the first is made: the owner's own memories, neutral statements, or auto: own
+    where there are at least 32. host_bytes: records kept in host memory. canary: share of requests that are
+    run again as full prefill, after the reply; where the first token is more than canary_kl
     nats away in the mean, splicing is turned off for the model.
     """
 
@@ -139,6 +142,7 @@ class MemoryConfig:
     min_score: float = 0.15
     build: bool = True
     kv_dtype: str = "auto"
+    contexts: str = "auto"
     canary: float = 0.0
     canary_kl: float = 0.25
     host_bytes: int = 128 << 20
@@ -151,6 +155,7 @@ class MemoryConfig:
         _require(
             self.kv_dtype in KV_DTYPES, f"kv_dtype={self.kv_dtype!r}: use one of {', '.join(KV_DTYPES)}."
         )
+        _require(self.contexts in CONTEXTS, f"contexts={self.contexts!r}: use one of {', '.join(CONTEXTS)}.")
         _require(0 <= self.canary <= 1, f"canary={self.canary}: a share of requests, between 0 and 1.")
         _require(self.canary_kl > 0, f"canary_kl={self.canary_kl}: nats, more than 0.")
         _require(self.host_bytes >= 0, "host_bytes: must not be negative.")

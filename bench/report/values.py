@@ -31,6 +31,7 @@ METHODS = {
     "random": "random choice",
     "first_k": "first tokens",
     "int8": "memos_engine, int8",
+    "neutral": "memos_engine, neutral contexts",
     "rank": "memos_engine, by rank",
     "anchored": "anchored records",
     "cacheblend": "V deviation",

@@ -219,15 +219,18 @@ class MemoryStore(VectorRows, KVRows):
                         found[cube_id] = cube
         return found
 
-    def list(self, principal: Principal, *, states: Collection[LifecycleState] = LIVE) -> Cubes:
-        """The caller's memories in these states, by creation. Deleted ones show only in `history`."""
+    def list(
+        self, principal: Principal, *, states: Collection[LifecycleState] = LIVE, limit: int | None = None
+    ) -> Cubes:
+        """The caller's memories in these states, by creation; the oldest `limit` of them. Deleted ones show
+        only in `history`."""
         where, params = visible(principal, self._now())
         params["states"] = among(LifecycleState(state).value for state in states)
         with self._db.read() as conn:
             rows = conn.execute(
                 f"{SELECT_CUBE} WHERE {where} AND c.state IN (SELECT value FROM json_each(:states)) "
-                "ORDER BY c.id",
-                params,
+                "ORDER BY c.id LIMIT :limit",
+                {**params, "limit": -1 if limit is None else limit},
             ).fetchall()
         return [cube_of(row) for row in rows]
 

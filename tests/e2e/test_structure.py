@@ -17,6 +17,7 @@ LAYER_OF = {
     "api": "api",
     "user": "api",
     "activation": "meeting",
+    "contexts": "meeting",
     "neutral": "meeting",
     "profile": "meeting",
     "canary": "meeting",

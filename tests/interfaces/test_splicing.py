@@ -76,12 +76,15 @@ def test_the_first_slot_is_exact_and_the_others_are_averages(started):
 def test_a_memory_knows_its_left_contexts(started):
     """Those that fit the model's window, by digest; another set of them is another identity."""
     engine, alice = started()
-    ids = engine.layout.memory(FACTS[0])
-    identities = engine.activation.identities(alice.principal, ids)
-    assert set(identities) == {ANCHORED, AVERAGED}
-    assert len(identities[AVERAGED].left_contexts) == len(engine.activation.contexts(len(ids))) >= 1
+    cube = alice.memories()[0]
+    ids = engine.layout.memory(cube.body)
     longest = engine.decoder.spec.max_positions
-    assert set(engine.activation.identities(alice.principal, ids * (longest // len(ids)))) == {ANCHORED}
+    identities = engine.activation.identities(alice.principal, cube.id, ids)
+    assert set(identities) == {ANCHORED, AVERAGED}
+    contexts = engine.activation.left.of(alice.principal, cube.id, longest)
+    assert 1 <= len(identities[AVERAGED].left_contexts) <= len(contexts)
+    too_long = ids * (longest // len(ids))
+    assert set(engine.activation.identities(alice.principal, cube.id, too_long)) == {ANCHORED}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.6, 1.0])
@@ -292,8 +295,8 @@ def test_another_tenant_s_records_are_not_found(started):
     cube = alice.memories()[0]
     ids = engine.layout.memory(cube.body)
     mallory = engine.user("mallory").principal
-    ours = engine.activation.identities(alice.principal, ids)
-    theirs = engine.activation.identities(mallory, ids)
+    ours = engine.activation.identities(alice.principal, cube.id, ids)
+    theirs = engine.activation.identities(mallory, cube.id, ids)
     assert all(ours[form].digest() != theirs[form].digest() for form in ours)
     with pytest.raises(MemoryNotFoundError):
         engine.activation.find(mallory, cube, ids)
