@@ -155,9 +155,9 @@ def test_plans_are_scored_alike_alone_and_together(make_case, monkeypatch):
 
 def test_records_leave_the_cache_when_room_is_short(engine):
     spans = [engine.layout.memory(f"Number {i}.") for i in range(4)]
-    stores = Stores(engine.decoder, engine.layout.anchor, [(5, 6)])
+    stores = Stores(engine.decoder, engine.layout, spans)
     (record,) = stores.anchored(spans[:1])
-    small = Stores(engine.decoder, engine.layout.anchor, [(5, 6)], nbytes=2 * record.nbytes)
+    small = Stores(engine.decoder, engine.layout, spans, nbytes=2 * record.nbytes)
     (first,) = small.anchored(spans[:1])
     assert small.anchored(spans[:1])[0] is first
     assert len(small.anchored(spans)) == 4  # more than it keeps

@@ -32,10 +32,10 @@ def test_rows_differences_and_controls(options):
     assert document["complete"]
     assert "samples" not in document
     assert [(done, total) for _, done, total in seen] == [(i, 5) for i in range(1, 6)]
-    # The engine has a row at each share, in both dtypes; the one at 0 stands for it here.
+    # The engine has a row at each share, with int8 and neutral contexts too; the one at 0 stands for it here.
     rows = {row["method"]: row for row in reversed(document["rows"])}
     assert set(rows) == {*(m.name for m in methods), "full_bf16"}
-    assert len(document["rows"]) == len(rows) + 2
+    assert len(document["rows"]) == len(rows) + 3
     for row in document["rows"]:
         assert set(row) == KEYS
         assert row["n"] == len(row["samples"]) == 5
