@@ -184,14 +184,14 @@ class _Scorer:
         jobs = [(case, method, share) for case in cases for method, share in self.methods]
         plans = [method.plan(case, share) for case, method, share in jobs]
         found = evaluate(self.engine, plans, [case.reference for case, _, _ in jobs], self.stop)
-        plain = [computed(case, 1.0) for case in cases]
-        floor = evaluate(self.half, plain, [case.reference for case in cases], self.stop)
         keys = [(method.name, share) for method, share in self.methods]
         each = [found[i : i + len(keys)] for i in range(0, len(found), len(keys))]
-        return [
-            list(zip([*keys, (FLOOR, 1.0)], [*own, noise], strict=True))
-            for own, noise in zip(each, floor, strict=True)
-        ]
+        if not self.options.methods:
+            plain = [computed(case, 1.0) for case in cases]
+            floor = evaluate(self.half, plain, [case.reference for case in cases], self.stop)
+            keys.append((FLOOR, 1.0))
+            each = [[*own, noise] for own, noise in zip(each, floor, strict=True)]
+        return [list(zip(keys, own, strict=True)) for own in each]
 
     def _add(self, figures: Figures, prompt: Prompt, outcome: Outcome) -> None:
         answer = self.tokenizer.decode(list(outcome.answer), skip_special_tokens=True)

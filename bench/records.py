@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+from memos_engine.bench.target import free_bytes
 from memos_engine.bench.xquad import MEMORY_TOKENS
 
 from memos_engine.contexts import LONGEST, LeftContext, chosen, fill, fitting
@@ -18,16 +19,14 @@ from memos_engine.decoder.record import KVRecord
 from memos_engine.neutral import left_contexts
 from memos_engine.prompt import PromptLayout
 
-RECORD_BYTES = 2 << 30  # of each kind
+LEAST_BYTES = 1 << 30
 Span = tuple[int, ...]
 
 
 class RecordCache:
     """Records by their tokens. encode: makes those of several spans at once."""
 
-    def __init__(
-        self, encode: Callable[[Sequence[Span]], Sequence[KVRecord]], nbytes: int = RECORD_BYTES
-    ) -> None:
+    def __init__(self, encode: Callable[[Sequence[Span]], Sequence[KVRecord]], nbytes: int) -> None:
         self._encode, self._nbytes = encode, nbytes
         self._kept: OrderedDict[Span, KVRecord] = OrderedDict()
 
@@ -50,7 +49,7 @@ class Stores:
     """
 
     def __init__(
-        self, engine: DecoderEngine, layout: PromptLayout, owned: Sequence[Span], nbytes: int = RECORD_BYTES
+        self, engine: DecoderEngine, layout: PromptLayout, owned: Sequence[Span], nbytes: int | None = None
     ) -> None:
         self.engine, self._left = engine, layout.anchor
         room = engine.spec.max_positions - len(layout.anchor) - 2 * MEMORY_TOKENS
@@ -59,9 +58,11 @@ class Stores:
         own = [LeftContext(ids, "", sources) for ids, sources in fill(named)] if named else []
         self.contexts = [context.token_ids for context in own or neutral]
         self.anchor = self._record((), layout.anchor)
-        self._anchored = RecordCache(lambda spans: [self._record(self._left, span) for span in spans], nbytes)
-        self._stored = RecordCache(lambda spans: self._averages(spans, own, neutral, room), nbytes)
-        self._neutral = RecordCache(lambda spans: self._averages(spans, [], neutral, room), nbytes)
+        few = max(LEAST_BYTES, free_bytes("cpu") // 10) if nbytes is None else nbytes
+        many = 4 * few if nbytes is None else nbytes  # an average costs as much as eight of the others
+        self._anchored = RecordCache(lambda spans: [self._record(self._left, span) for span in spans], few)
+        self._stored = RecordCache(lambda spans: self._averages(spans, own, neutral, room), many)
+        self._neutral = RecordCache(lambda spans: self._averages(spans, [], neutral, room), few)
 
     def anchored(self, spans: Sequence[Span]) -> tuple[KVRecord, ...]:
         return self._anchored.get(spans)

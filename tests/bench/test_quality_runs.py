@@ -59,7 +59,7 @@ def test_rows_differences_and_controls(options):
 
 def test_methods_can_be_chosen_by_name(options):
     document = quality.run(replace(options, n=1, methods=("memos_engine", "none")))
-    assert {row["method"] for row in document["rows"]} == {"memos_engine", "none", "full_bf16"}
+    assert {row["method"] for row in document["rows"]} == {"memos_engine", "none"}
     with pytest.raises(ConfigError, match="'magic' is unknown; bench quality has full, none"):
         quality.run(replace(options, methods=("magic",)))
 
