@@ -90,8 +90,10 @@ class ActivationMemory:
 
     @property
     def model(self) -> str:
-        """Digest of what decides how well this model bears splicing: weights, layout and quantiser."""
-        parts = (self.decoder.runner.model.weights.digest, self.layout.digest, self.config.kv_dtype)
+        """Digest of what decides how well this model bears splicing: weights, layout, quantiser, and pages
+        where they are rounded."""
+        parts = [self.decoder.runner.model.weights.digest, self.layout.digest, self.config.kv_dtype]
+        parts += [] if self.decoder.config.page_dtype == "auto" else [self.decoder.kv_dtype]
         return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
 
     def turn(self, off: str | None) -> None:
@@ -113,7 +115,7 @@ class ActivationMemory:
             weights=self.decoder.runner.model.weights.digest,
             tokenizer=self.layout.digest,
             geometry=self.decoder.spec.geometry(),
-            dtype=str(self.decoder.runner.cache.k.dtype),
+            dtype=self.decoder.kv_dtype,
             anchor=anchor,
             left_contexts=(anchor,),
             tokens=ids_digest(token_ids),

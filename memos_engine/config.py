@@ -11,6 +11,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 FORMS = ("auto", "text", "kv", "none")
 KV_DTYPES = ("auto", "int8")
 CONTEXTS = ("auto", "own", "neutral")
+PAGE_DTYPES = ("auto", "int8")
 SELECTIONS = ("attention", "rank")
 # Chosen on invented facts, apart from the demo's: of 48 questions SmolLM2-135M answers 34 from memories as
 # text, against 26 with its template's own prompt, and splicing loses none of them (against 9).
@@ -32,7 +33,8 @@ def _require(condition: bool, message: str) -> None:
 class DecoderConfig:
     """How the decoder runs.
 
-    dtype: compute and page dtype; auto takes bfloat16 where the machine computes in it, else float32.
+    dtype: compute dtype; auto takes bfloat16 where the machine computes in it, else float32. page_dtype: auto
+    for the same, or int8 with a scale for each token and head: half of bfloat16's bytes, for a small loss.
     page: tokens a KV page holds. pool_tokens: KV pool size in tokens (None: the model's window, at most
     4096). max_batch: most requests that run at once. prefill_chunk: most prompt rows of one forward;
     prefill_beside: the same where other requests decode in it, and wait for it. int8_decode: steps of up to 8
@@ -41,6 +43,7 @@ class DecoderConfig:
     """
 
     dtype: str = "auto"
+    page_dtype: str = "auto"
     page: int = 16
     pool_tokens: int | None = None
     prefill_chunk: int = 1024
@@ -50,6 +53,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, f"dtype={self.dtype!r}: use one of {', '.join(DTYPES)}.")
+        _require(self.page_dtype in PAGE_DTYPES, f"page_dtype={self.page_dtype!r}: auto or int8.")
         _require(self.page >= 1, f"page={self.page}: a page holds at least one token (16 is usual).")
         _require(self.pool_tokens is None or self.pool_tokens >= self.page, "pool_tokens: at least one page.")
         _require(self.prefill_chunk >= 1, "prefill_chunk: at least one token.")

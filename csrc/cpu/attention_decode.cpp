@@ -21,10 +21,11 @@ struct Work {
     // of V what will be read next.
     const char *const *k, *const *v;
     int64_t heads;
-    const float* q;            // [heads][rows][padded]
-    const uint16_t* narrow_q;  // the same in bfloat16, where the queries are bfloat16
-    float* scores;             // [heads][rows][128]
-    float* out;                // [heads][rows][padded]
+    const float* q;                  // [heads][rows][padded]
+    const uint16_t* narrow_q;        // the same in bfloat16, where the queries are bfloat16
+    float* scores;                   // [heads][rows][128]
+    float* out;                      // [heads][rows][padded]
+    const float *k_scale, *v_scale;  // [heads][128] of int8 pages, else null
     int64_t n, padded;
     float scale;
 };
@@ -74,7 +75,9 @@ void score(const Attention& a, const Work& w, const typename Pr::P* q) {
                         if (i % R == r && d % kLine == 0) __builtin_prefetch(next[i] + d, 0, 2);
                     }
                 }
-                store(w.scores + (h * R + r) * kDecodeKeys + j, sums(acc) * w.scale);
+                F found = sums(acc) * w.scale;
+                if (w.k_scale) found *= load(w.k_scale + h * kDecodeKeys + j);
+                store(w.scores + (h * R + r) * kDecodeKeys + j, found);
             }
         }
     }
@@ -149,6 +152,11 @@ float softmax(float* scores, int64_t n, int64_t from, int64_t until, float& top)
     return sum(total);
 }
 
+// Weights take the scales of int8 V: what they meet then are whole numbers.
+ME_INLINE void weigh_values(float* weights, const float* scale, int64_t n) {
+    for (int64_t j = 0; j < n; j += kWidth) store(weights + j, load(weights + j) * load(scale + j));
+}
+
 // The item's part for one of its heads.
 ME_INLINE AttentionItem of_head(const Attention& a, AttentionItem item, int64_t h) {
     item.kv_head += (int32_t)h;
@@ -165,8 +173,9 @@ void run_rows(const Attention& a, const AttentionItem& whole, const Work& w) {
         for (int r = 0; r < R; ++r) {
             const int64_t pos = positions.position(whole.row + r);
             const int64_t from = a.window > 0 ? pos - a.window + 1 - whole.key : 0;
-            total[h * R + r] =
-                softmax(w.scores + (h * R + r) * kDecodeKeys, w.n, from, pos + 1 - whole.key, top[h * R + r]);
+            float* of_row = w.scores + (h * R + r) * kDecodeKeys;
+            total[h * R + r] = softmax(of_row, w.n, from, pos + 1 - whole.key, top[h * R + r]);
+            if (w.v_scale) weigh_values(of_row, w.v_scale + h * kDecodeKeys, w.n);
         }
     }
     accumulate<S, R>(a, w);
@@ -209,6 +218,7 @@ void run_padded(const Attention& a, const AttentionItem& item, const Work& all, 
     for (int64_t h = 0; h < all.heads; ++h) {
         Work w = all;
         w.narrow_q = nullptr, w.heads = 1, w.q += h * item.rows * w.padded, w.k = k, w.v = v;
+        if (w.k_scale) w.k_scale += h * kDecodeKeys, w.v_scale += h * kDecodeKeys;
         for (int64_t j = 0; j < w.n; ++j) {
             widen<S>((float*)k[j], (const T*)all.k[j] + h * a.k_head, a.head_dim, w.padded);
             widen<S>((float*)v[j], (const T*)all.v[j] + h * a.v_head, a.head_dim, w.padded);
@@ -219,7 +229,7 @@ void run_padded(const Attention& a, const AttentionItem& item, const Work& all, 
 
 // Addresses of the item's keys and of those to be fetched behind them.
 void locate_all(const Attention& a, const AttentionItem& item, const char** k, const char** v) {
-    const int64_t n = item.key_end - item.key, size = a.kv_dtype == DType::f32 ? 4 : 2;
+    const int64_t n = item.key_end - item.key, size = size_of(a.kv_dtype);
     if (n == 0) return;
     const int64_t behind = std::min<int64_t>(a.seq_lens[item.request], a.max_blocks * a.page) - item.key_end;
     const int64_t more = std::min(kAhead, behind);
@@ -238,7 +248,8 @@ void locate_all(const Attention& a, const AttentionItem& item, const char** k, c
 int64_t decode_scratch(int64_t head_dim) {
     const int64_t padded = round_up(head_dim, 16);
     const int64_t copies = head_dim == padded ? 0 : 2 * kDecodeKeys * padded;
-    return sizeof(float) * (kDecodeHeads * kDecodeRows * (3 * padded + kDecodeKeys) + copies);
+    const int64_t of_heads = kDecodeRows * (3 * padded + kDecodeKeys) + 2 * kDecodeKeys;
+    return sizeof(float) * (kDecodeHeads * of_heads + copies);
 }
 
 void attention_decode(const Attention& a, const AttentionItem& item, float* scratch) {
@@ -249,7 +260,9 @@ void attention_decode(const Attention& a, const AttentionItem& item, float* scra
     float* scores = q + rows * padded;
     float* out = scores + rows * kDecodeKeys;
     uint16_t* narrow_q = (uint16_t*)(out + rows * padded);
-    float* copies = out + 2 * rows * padded;
+    float* k_scale = out + 2 * rows * padded;
+    float* v_scale = k_scale + item.kv_heads * kDecodeKeys;
+    float* copies = v_scale + item.kv_heads * kDecodeKeys;
     const bool pairs = a.q_dtype == DType::bf16 && padded % 32 == 0 && a.head_dim == padded;
     for (int64_t h = 0; h < item.kv_heads; ++h) {
         const Rows of(a, of_head(a, item, h));
@@ -263,10 +276,19 @@ void attention_decode(const Attention& a, const AttentionItem& item, float* scra
         }
     }
     const float scale = a.sm_scale * kLog2E;
-    const Work w = {k,      v,   item.kv_heads,           q,      pairs ? narrow_q : nullptr,
-                    scores, out, item.key_end - item.key, padded, scale};
+    const int64_t n = item.key_end - item.key;
+    if (a.k_scale) {
+        // Whole vectors of scales are read.
+        std::memset(k_scale, 0, 2 * item.kv_heads * kDecodeKeys * sizeof(float));
+        gather_scales(a, item, a.k_scale, item.kv_heads, item.key, n, k_scale, kDecodeKeys);
+        gather_scales(a, item, a.v_scale, item.kv_heads, item.key, n, v_scale, kDecodeKeys);
+    } else {
+        k_scale = v_scale = nullptr;
+    }
+    const Work w = {k,       v, item.kv_heads, q,    pairs ? narrow_q : nullptr, scores, out, k_scale,
+                    v_scale, n, padded,        scale};
     locate_all(a, item, k, v);
-    with_dtype(a.kv_dtype, [&](auto kv) {
+    with_page_dtype(a.kv_dtype, [&](auto kv) {
         if (a.head_dim == padded)
             run<decltype(kv)>(a, item, w);
         else

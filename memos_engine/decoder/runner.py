@@ -114,9 +114,7 @@ class ModelRunner:
         """Moves to a larger cache; the content of the `used` blocks goes along."""
         old = self.cache
         self.cache = KVCache(self.model.spec, num_blocks, old.page, old.k.dtype, old.k.device)
-        for block in used:
-            self.cache.k[:, block] = old.k[:, block]
-            self.cache.v[:, block] = old.v[:, block]
+        self.cache.take(old, used)
         if self.graphs is not None:
             self.graphs.cache = self.cache
 

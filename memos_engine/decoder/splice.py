@@ -22,11 +22,20 @@ def splice(model: PagedDecoder, cache: KVCache, part: Splice, slots: torch.Tenso
     k, v = (t[:, rows].to(slots.device) for t in (record.k, record.v))
     positions = torch.arange(part.start, part.start + k.shape[1], dtype=torch.int32, device=slots.device)
     for layers, table in model.table_groups:
-        target = cache.k[layers], cache.v[layers], slots, positions, table
-        if record.k_scale is None or record.v_scale is None:
-            model.ops.splice_kv(k[layers], v[layers], *target)
-        else:
+        pages, k_scale, v_scale = cache.layers(layers), None, None
+        if record.k_scale is not None and record.v_scale is not None:
             k_scale, v_scale = (t[layers].to(slots.device) for t in (record.k_scale, record.v_scale[:, rows]))
-            model.ops.splice_kv(
-                k[layers], v[layers], *target, k_scale=k_scale, v_scale=v_scale, first_token=part.skip
-            )
+        model.ops.splice_kv(
+            k[layers],
+            v[layers],
+            pages.k,
+            pages.v,
+            slots,
+            positions,
+            table,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            first_token=part.skip,
+            k_page_scale=pages.k_scale,
+            v_page_scale=pages.v_scale,
+        )
