@@ -125,6 +125,30 @@ def test_int8_records_are_smaller_and_another_identity(started):
     )
 
 
+def test_pages_of_int8_are_another_identity(tiny_folder, tmp_path, started):
+    """Records keep the model's dtype, and those made over other pages are not found."""
+    plain, alice = started()
+    decoder = DecoderConfig(dtype="float32", page_dtype="int8")
+    with MemoryEngine.open(
+        tiny_folder, tmp_path / "store", decoder=decoder, memory=plain.config, embedder=HashingEmbedder(64)
+    ) as engine:
+        ids = engine.layout.memory(FACTS[0])
+        theirs, ours = (e.activation.identities(alice.principal, ids) for e in (plain, engine))
+        assert {i.dtype for i in theirs.values()} == {"torch.float32"}
+        assert all(ours[form].digest() != theirs[form].digest() for form in ours)
+        assert engine.activation.model != plain.activation.model
+        alice = engine.user("alice")
+        assert not records(engine, alice)
+        alice.warm()
+        made = records(engine, alice)
+        assert made
+        assert {str(record.k.dtype) for record in made} == {"torch.float32"}
+        assert set(alice.chat(QUESTION, SHORT).forms.values()) == {"kv"}
+        full = alice.chat(QUESTION, SHORT, recompute=1.0).token_ids
+        assert full == alice.chat(QUESTION, SHORT, form="text").token_ids
+        engine.decoder.check_integrity()
+
+
 @pytest.mark.parametrize("form", [ANCHORED, AVERAGED])
 def test_one_damaged_form_leaves_the_other(started, form):
     engine, alice = started(build=False)
