@@ -26,14 +26,16 @@ struct Work {
     float* scores;                   // [heads][rows][128]
     float* out;                      // [heads][rows][padded]
     const float *k_scale, *v_scale;  // [heads][128] of int8 pages, else null
+    void* widened;                   // room for kWidth int8 keys of a head as floats
     int64_t n, padded;
     float scale;
 };
 
-// How a query row is kept (`P`), and how kStep products with a key are added to a sum.
+// How a query row is kept (`P`) and a key is read (`K`), and how kStep products of both are added to a sum.
 template <class S>
 struct Product {
     typedef float P;
+    typedef typename S::T K;
     static constexpr int64_t kStep = kWidth;
     static ME_INLINE F add(F acc, const typename S::T* k, F q) { return acc + S::load(k) * q; }
     static ME_INLINE F load(const P* q) { return load_bits<F>(q); }
@@ -44,7 +46,7 @@ struct Product {
 struct BFloat16Pairs {};
 template <>
 struct Product<BFloat16Pairs> {
-    typedef uint16_t P;
+    typedef uint16_t P, K;
     static constexpr int64_t kStep = 32;
     static ME_INLINE F add(F acc, const uint16_t* k, __m512bh q) {
         return (F)_mm512_dpbf16_ps((__m512)acc, load_bits<__m512bh>(k), q);
@@ -53,16 +55,37 @@ struct Product<BFloat16Pairs> {
 };
 #endif
 
+// A key for the products of all rows: int8 is widened to `room`, once for all of them.
+template <class K>
+ME_INLINE const K* readable(K*, const K* key, int64_t) {
+    return key;
+}
+ME_INLINE const float* readable(float* room, const int8_t* key, int64_t n) {
+    for (int64_t d = 0; d < n; d += kWidth) store(room + d, Int8::load(key + d));
+    return room;
+}
+#if defined(__AVX512BF16__)
+ME_INLINE const uint16_t* readable(uint16_t* room, const int8_t* key, int64_t n) {
+    for (int64_t d = 0; d < n; d += 32) {
+        const __m512 low = (__m512)Int8::load(key + d), high = (__m512)Int8::load(key + d + kWidth);
+        store_bits(room + d, _mm512_cvtne2ps_pbh(high, low));  // exact: bfloat16 has eight bits
+    }
+    return room;
+}
+#endif
+
 // scores[h][r][j] = q[h][r] . k[j][h] for kWidth keys at a time, whose sums are taken together.
 template <class Pr, class T, int R>
 void score(const Attention& a, const Work& w, const typename Pr::P* q) {
     constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t j = 0; j < w.n; j += kWidth) {
         for (int64_t h = 0; h < w.heads; ++h) {
-            const T *key[kWidth], *next[kWidth];
+            typedef typename Pr::K K;
+            const K* key[kWidth];
+            const T* next[kWidth];
             for (int i = 0; i < kWidth; ++i) {
                 const int64_t at = j + i < w.n ? j + i : w.n - 1;
-                key[i] = (const T*)w.k[at] + h * a.k_head;
+                key[i] = readable((K*)w.widened + i * w.padded, (const T*)w.k[at] + h * a.k_head, w.padded);
                 next[i] = (const T*)w.k[at + kAhead] + h * a.k_head;
             }
             for (int r = 0; r < R; ++r) {
@@ -87,10 +110,11 @@ template <class S, int R>
 void scores(const Attention& a, const Work& w) {
     typedef typename S::T T;
 #if defined(__AVX512BF16__)
-    if constexpr (S::dtype == DType::bf16)
+    if constexpr (S::dtype == DType::bf16 || S::dtype == DType::i8)
         if (w.narrow_q) return score<Product<BFloat16Pairs>, T, R>(a, w, w.narrow_q);
 #endif
-    score<Product<S>, T, R>(a, w, w.q);
+    typedef typename std::conditional<S::dtype == DType::i8, Float32, S>::type Read;
+    score<Product<Read>, T, R>(a, w, w.q);
 }
 
 // Adds keys j ... end - 1 of one head, C vectors of channels, to its rows of out.
@@ -249,7 +273,7 @@ int64_t decode_scratch(int64_t head_dim) {
     const int64_t padded = round_up(head_dim, 16);
     const int64_t copies = head_dim == padded ? 0 : 2 * kDecodeKeys * padded;
     const int64_t of_heads = kDecodeRows * (3 * padded + kDecodeKeys) + 2 * kDecodeKeys;
-    return sizeof(float) * (kDecodeHeads * of_heads + copies);
+    return sizeof(float) * (kDecodeHeads * of_heads + kWidth * padded + copies);
 }
 
 void attention_decode(const Attention& a, const AttentionItem& item, float* scratch) {
@@ -262,7 +286,8 @@ void attention_decode(const Attention& a, const AttentionItem& item, float* scra
     uint16_t* narrow_q = (uint16_t*)(out + rows * padded);
     float* k_scale = out + 2 * rows * padded;
     float* v_scale = k_scale + item.kv_heads * kDecodeKeys;
-    float* copies = v_scale + item.kv_heads * kDecodeKeys;
+    float* widened = v_scale + item.kv_heads * kDecodeKeys;
+    float* copies = widened + kWidth * padded;
     const bool pairs = a.q_dtype == DType::bf16 && padded % 32 == 0 && a.head_dim == padded;
     for (int64_t h = 0; h < item.kv_heads; ++h) {
         const Rows of(a, of_head(a, item, h));
@@ -285,8 +310,9 @@ void attention_decode(const Attention& a, const AttentionItem& item, float* scra
     } else {
         k_scale = v_scale = nullptr;
     }
-    const Work w = {k,       v, item.kv_heads, q,    pairs ? narrow_q : nullptr, scores, out, k_scale,
-                    v_scale, n, padded,        scale};
+    const Work w = {k,      v,      item.kv_heads, q,       pairs ? narrow_q : nullptr,
+                    scores, out,    k_scale,       v_scale, widened,
+                    n,      padded, scale};
     locate_all(a, item, k, v);
     with_page_dtype(a.kv_dtype, [&](auto kv) {
         if (a.head_dim == padded)
