@@ -239,7 +239,7 @@ def _write(
         slot_mapping.data_ptr(),
         positions.data_ptr(),
         0 if cos_sin is None else cos_sin.data_ptr(),
-        _DTYPES[k.dtype],  # int8 is told by its scales
+        0 if scales[0] else _DTYPES[k.dtype],  # int8 is told by its scales
         _DTYPES[k_pages.dtype],
         layers,
         tokens,

@@ -196,3 +196,15 @@ class _Request:
 
     def __init__(self, tokens, blocks):
         self.tokens, self.blocks = tokens, blocks
+
+
+def test_pages_read_back_are_what_was_written(engine, random_ids):
+    """As attach() hands them to transformers: floats in the model's dtype, near those of the forward."""
+    ids = random_ids(16)
+    k, v = engine.encode_span((), ids)
+    seq = engine.add_request([TextSpan(ids)], SamplingParams(max_new_tokens=3))
+    engine.step()
+    _, v_read = engine.runner.cache.layer(1).read(torch.tensor(seq.blocks[:1]), torch.float32)
+    engine.abort(seq)
+    assert v_read.dtype == k.dtype
+    torch.testing.assert_close(v_read[0], v[1], rtol=0, atol=float(v.abs().max()) / 200)
