@@ -175,10 +175,12 @@ def store_folder(options: Options) -> Iterator[Path]:
 def opened(traffic: Traffic, folder: Path, tell: Callable[[str, int], None]) -> Iterator[Bed]:
     """An engine of its own, so that every share begins alike; the first one fills the store."""
     chosen = Chosen(len(traffic.texts))
+    pool = min(POOL, traffic.target.spec.max_positions)
     with MemoryEngine.open(
         traffic.target.folder,
         folder / "store",
-        decoder=DecoderConfig(dtype=traffic.dtype, pool_tokens=min(POOL, traffic.target.spec.max_positions)),
+        # What is watched is splicing, which each request does anew.
+        decoder=DecoderConfig(dtype=traffic.dtype, pool_tokens=pool, share_spliced=False),
         memory=MemoryConfig(max_memories=traffic.taken, min_score=0.0, host_bytes=traffic.held),
         embedder=chosen,
     ) as engine:

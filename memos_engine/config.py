@@ -40,6 +40,7 @@ class DecoderConfig:
     prefill_beside: the same where other requests decode in it, and wait for it. int8_decode: steps of up to 8
     rows, and the output head, read weights rounded to 8 bits, beside the whole ones: faster on a CPU, for
     half the weights' memory and a small loss (docs/benchmarks.md); elsewhere it changes nothing.
+    share_spliced: requests that splice the same records to the same positions share those pages.
     """
 
     dtype: str = "auto"
@@ -50,6 +51,7 @@ class DecoderConfig:
     prefill_beside: int = 256
     max_batch: int = 32
     int8_decode: bool = False
+    share_spliced: bool = True
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, f"dtype={self.dtype!r}: use one of {', '.join(DTYPES)}.")

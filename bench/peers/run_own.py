@@ -42,7 +42,9 @@ class Worker:
         else:
             weights = random_weights_of(spec, kind, torch.device(device))
         pool = min(max_tokens + 64, spec.max_positions)
-        self.engine = DecoderEngine(spec, weights, DecoderConfig(dtype=dtype, pool_tokens=pool))
+        # Each request splices anew: what is reused are records, not what an earlier request made of them.
+        config = DecoderConfig(dtype=dtype, pool_tokens=pool, share_spliced=False)
+        self.engine = DecoderEngine(spec, weights, config)
         self.folder = folder
         self.tokenizer: Any = None
         self._records: dict[tuple[Ids, Ids], KVRecord] = {}

@@ -107,9 +107,9 @@ READING: tuple[tuple[frozenset[str], str, str], ...] = (
         frozenset({"ttft"}),
         "What is reused",
         "“Exact prefix” needs the memories at the head of the prompt in the order of an earlier one; the "
-        "question may be new. “Spliced” takes memories in any order; with several it is an approximation, "
-        "whose price the quality bench tells. “Question alone” answers without the memory: no way of using "
-        "it can be faster.",
+        "question may be new. “Spliced” takes memories in any order and splices them anew for each request; "
+        "with several it is an approximation, whose price the quality bench tells. “Question alone” answers "
+        "without the memory: no way of using it can be faster.",
     ),
     (
         frozenset({"ttft"}),

@@ -258,6 +258,7 @@ class DecoderEngine:
                     break
                 self.runner.copy_pages(admitted.copies)
                 self.runner.splice(first, admitted.splices)
+                self.batcher.spliced(admitted)
                 first.stats.splice_ms += (time.perf_counter() - start) * 1e3
             except Exception as error:
                 failed.append(self._fail(first, error))
@@ -301,7 +302,9 @@ class DecoderEngine:
             return False
         seq.refine()
         seq.stats.computed_tokens += len(seq.pending)
-        return bool(seq.pending)
+        copies = self.batcher.own(seq, seq.selected or ())
+        self.runner.copy_pages(copies or [])
+        return copies is None or bool(seq.pending)
 
     def _one_by_one(self, batch: list[Rows]) -> tuple[list[Sequence], Tensor | None, list[StepOutput]]:
         """After a failed forward: whose fault was it? What a row wrote before is written again."""

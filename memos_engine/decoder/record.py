@@ -8,6 +8,7 @@ and a checksum per tensor. Reading it back copies nothing.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ _DTYPES = {
     "I32": torch.int32,
 }
 _OPTIONAL = ("k_scale", "v_scale", "sigma_v", "rank")
+_serials = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class KVRecord:
     where a request has just that sequence to the left, the record is exact, but for int8. k_scale
     `[layers, ceil(tokens / 64), kv_heads, head_dim] float32` and v_scale `[layers, tokens, kv_heads] float32`
     go with int8 K and V. sigma_v `[layers, tokens, kv_heads]` and rank `[tokens]`, floats: see
-    `averaging.AveragedKV`.
+    `averaging.AveragedKV`. serial: this object's own number in this process, by which pages of its rows are
+    found again: tensors of a record are never written to.
     """
 
     k: Tensor
@@ -52,6 +55,10 @@ class KVRecord:
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
     header: dict[str, Any] = field(default_factory=dict)
+    serial: int = field(init=False, compare=False, default_factory=_serials.__next__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, serial=next(_serials))  # another process counts anew
 
     @property
     def num_tokens(self) -> int:

@@ -35,8 +35,7 @@ class ModelRunner:
         """Puts stored K and V where the request wants them."""
         blocks = np.asarray(seq.blocks, dtype=np.int64)
         for part in parts:
-            end = part.start + part.record.num_tokens - part.skip
-            slots = self._slots(blocks, np.arange(part.start, end))
+            slots = self._slots(blocks, np.arange(part.start, part.start + part.count))
             splice(self.model, self.cache, part, self._put(slots))
 
     def run(self, batch: Seq[Rows], capture: KVCapture | None = None) -> Tensor:
