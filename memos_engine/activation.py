@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -32,6 +30,7 @@ from memos_engine.memory.governance import Principal
 from memos_engine.memory.store import MemoryStore
 from memos_engine.memory.vault import BlobRef
 from memos_engine.prompt import PromptLayout
+from memos_engine.tiers import RecordTiers
 
 log = logging.getLogger("memos_engine")
 
@@ -56,7 +55,7 @@ class StoredKV:
 
 
 class ActivationMemory:
-    """KV records of one model over one store, with a bounded host-memory tier in front of the vault."""
+    """KV records of one model over one store, with bounded tiers in front of the vault."""
 
     def __init__(
         self, decoder: DecoderEngine, layout: PromptLayout, store: MemoryStore, config: MemoryConfig
@@ -66,8 +65,7 @@ class ActivationMemory:
         self.store = store
         self.config = config
         self.left = LeftContexts(layout, store, config.contexts)
-        self._host: OrderedDict[str, KVRecord] = OrderedDict()
-        self._lock = threading.Lock()
+        self.tiers = RecordTiers.beside(decoder.runner.device, config)
         self._anchor: tuple[Weights, KVSpan] | None = None
         self._said = False  # that averages do not fit into the pool
 
@@ -140,7 +138,7 @@ class ActivationMemory:
             key = identity.digest()
             blob = self.store.find_kv(principal, cube.id, key)
             if blob is None:
-                self._take(key)  # ended elsewhere: nothing of it stays here
+                self.tiers.drop(key)  # ended elsewhere: nothing of it stays here
             else:
                 records[form] = (identity, blob)
         if records:
@@ -150,21 +148,21 @@ class ActivationMemory:
         return StoredKV({}, "no KV stored yet")
 
     def load(self, stored: StoredKV, form: str) -> KVRecord:
-        """A record from host memory or the vault, verified.
+        """A record from the tiers or the vault, verified.
 
         Raises PayloadError; the record is then audited and dropped, so that it is built afresh.
         """
         identity, blob = stored.records[form]
         key = identity.digest()
-        record = self._take(key)
-        if record is None:
-            try:
-                record = decode_record(self.store.vault.read(blob), identity)
-            except PayloadError as error:
-                self.store.drop_kv(key, error.reason)
-                raise
-        self._keep(key, record)
-        return record
+        record = self.tiers.get(key)
+        if record is not None:
+            return record
+        try:
+            record = decode_record(self.store.vault.read(blob), identity)
+        except PayloadError as error:
+            self.store.drop_kv(key, error.reason)
+            raise
+        return self.tiers.put(key, record)
 
     # -- building --------------------------------------------------------------------------------
 
@@ -238,24 +236,8 @@ class ActivationMemory:
         key = identity.digest()
         blob = self.store.vault.write(encode_record(record, identity))
         self.store.put_kv(principal, cube.id, cube.version, key, blob, record.num_tokens, sources)
-        self._keep(key, replace(record, identity=key))
-
-    # -- the host tier ---------------------------------------------------------------------------
+        self.tiers.put(key, replace(record, identity=key))
 
     def evict(self) -> None:
-        """Empties the host tier."""
-        with self._lock:
-            self._host.clear()
-
-    def _take(self, key: str) -> KVRecord | None:
-        with self._lock:
-            return self._host.pop(key, None)
-
-    def _keep(self, key: str, record: KVRecord) -> None:
-        most = self.config.host_bytes
-        if record.nbytes > most:
-            return
-        with self._lock:
-            self._host[key] = record
-            while sum(r.nbytes for r in self._host.values()) > most:
-                self._host.popitem(last=False)
+        """Empties the tiers: what is needed again is read from the vault."""
+        self.tiers.clear()

@@ -137,9 +137,9 @@ class MemoryConfig:
     records after the reply, off the request's path. kv_dtype: how KV is stored, in the model's dtype (auto)
     or as int8, at about half the bytes of bfloat16. contexts: what stands to the left of a memory while its
     KV for other slots than the first is made: the owner's own memories, neutral statements, or auto: own
-    where there are at least 32. host_bytes: records kept in host memory. canary: share of requests that are
-    run again as full prefill, after the reply; where the first token is more than canary_kl
-    nats away in the mean, splicing is turned off for the model.
+    where there are at least 32. host_bytes: records kept in host memory. device_bytes: the same on a CUDA
+    device, in front of it. canary: share of requests that are run again as full prefill, after the reply;
+    where the first token is more than canary_kl nats away in the mean, splicing is turned off for the model.
     """
 
     form: str = "auto"
@@ -152,6 +152,7 @@ class MemoryConfig:
     canary: float = 0.0
     canary_kl: float = 0.25
     host_bytes: int = 128 << 20
+    device_bytes: int = 512 << 20
 
     def __post_init__(self) -> None:
         _require(self.form in FORMS, f"form={self.form!r}: use one of {', '.join(FORMS)}.")
@@ -165,3 +166,4 @@ class MemoryConfig:
         _require(0 <= self.canary <= 1, f"canary={self.canary}: a share of requests, between 0 and 1.")
         _require(self.canary_kl > 0, f"canary_kl={self.canary_kl}: nats, more than 0.")
         _require(self.host_bytes >= 0, "host_bytes: must not be negative.")
+        _require(self.device_bytes >= 0, "device_bytes: must not be negative.")

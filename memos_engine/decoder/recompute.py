@@ -43,7 +43,8 @@ def probe(placed: Sequence[Placed], budget: int, first_row: int) -> Probe:
     weights = [None if record.sigma_v is None else record.sigma_v.float() for _, record in placed]
     if any(weight is None for weight in weights):
         weights = [record.v.new_ones(record.v.shape[:3]).float() for _, record in placed]
-    weight = torch.cat([w for w in weights if w is not None], dim=1).contiguous()
+    there = placed[0][1].v.device  # some records may wait on the device, and others in host memory
+    weight = torch.cat([w.to(there) for w in weights if w is not None], dim=1).contiguous()
     positions = _positions(placed)
     return Probe(first_row, positions, weight, weight.new_zeros(len(positions)), budget)
 

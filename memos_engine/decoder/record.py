@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -71,6 +72,13 @@ class KVRecord:
     @property
     def quantized(self) -> bool:
         return self.k_scale is not None
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> KVRecord:
+        """The same record with its tensors elsewhere: equal numbers, so the same serial."""
+        tensors: dict[str, Any] = {name: move(tensor) for name, tensor in self.tensors().items()}
+        other = replace(self, **tensors)
+        object.__setattr__(other, "serial", self.serial)
+        return other
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are there, by name."""

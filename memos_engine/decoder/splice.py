@@ -19,7 +19,7 @@ def splice(model: PagedDecoder, cache: KVCache, part: Splice, slots: torch.Tenso
     if (record.k.shape[0], *record.k.shape[2:]) != (spec.num_layers, spec.num_kv_heads, spec.head_dim):
         raise PayloadError(f"A record of shape {tuple(record.k.shape)} does not fit this model.", "identity")
     rows = slice(part.skip, part.stop)
-    k, v = (t[:, rows].to(slots.device) for t in (record.k, record.v))
+    k, v = (t[:, rows].to(slots.device, non_blocking=True) for t in (record.k, record.v))
     positions = torch.arange(part.start, part.start + k.shape[1], dtype=torch.int32, device=slots.device)
     for layers, table in model.table_groups:
         pages, k_scale, v_scale = cache.layers(layers), None, None

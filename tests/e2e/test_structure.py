@@ -22,6 +22,7 @@ LAYER_OF = {
     "profile": "meeting",
     "canary": "meeting",
     "planning": "meeting",
+    "tiers": "meeting",
     "reply": "meeting",
     "chats": "meeting",
     "prompt": "meeting",
