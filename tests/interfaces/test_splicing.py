@@ -132,8 +132,9 @@ def test_pages_of_int8_are_another_identity(tiny_folder, tmp_path, started):
     with MemoryEngine.open(
         tiny_folder, tmp_path / "store", decoder=decoder, memory=plain.config, embedder=HashingEmbedder(64)
     ) as engine:
-        ids = engine.layout.memory(FACTS[0])
-        theirs, ours = (e.activation.identities(alice.principal, ids) for e in (plain, engine))
+        cube = alice.memories()[0]
+        ids = engine.layout.memory(cube.body)
+        theirs, ours = (e.activation.identities(alice.principal, cube.id, ids) for e in (plain, engine))
         assert {i.dtype for i in theirs.values()} == {"torch.float32"}
         assert all(ours[form].digest() != theirs[form].digest() for form in ours)
         assert engine.activation.model != plain.activation.model
