@@ -81,7 +81,7 @@ def load(name: str, data: Path | None) -> Dataset:
 
     Folders tried: `data`, else the environment variable, else `../shared/datasets` beside a checkout.
     """
-    path = _find(name, data)
+    path = find(name, data)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         articles = (as_squad(raw) if isinstance(raw, list) else raw)["data"]
@@ -103,7 +103,8 @@ def load(name: str, data: Path | None) -> Dataset:
     return Dataset(tuple(paragraphs), tuple(questions))
 
 
-def _find(name: str, data: Path | None) -> Path:
+def find(name: str, data: Path | None) -> Path:
+    """The set's JSON file; DatasetError says where it was looked for."""
     variable = os.environ.get(DATA_VARIABLE)
     if data is not None:
         folders = [data]

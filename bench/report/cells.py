@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from memos_engine.bench.report.values import (
+    CATEGORIES,
     METHODS,
     MODES,
+    RETRIEVERS,
     TIERS,
     Row,
     clean,
@@ -102,6 +104,14 @@ TITLES = {
     "host_share": "records from host memory",
     "vault_mb": "vault, MB",
     "rss_mb": "resident, MB",
+    "r_at_5": "R@5",
+    "r_at_10": "R@10",
+    "r_at_10_low": "R@10, low end",
+    "r_at_10_high": "R@10, high end",
+    "mrr": "MRR",
+    **{f"r_at_10_{name}": f"R@10, {words}" for name, words in CATEGORIES.items()},
+    "search_ms_p50": "search ms, P50",
+    "search_ms_p95": "search ms, P95",
 }
 SHARES = {
     *(
@@ -129,7 +139,12 @@ def cell(row: Row, key: str) -> Cell:
         share = key in SHARES and abs(value) <= 10
         return Cell(percent(value) if share else figure(value), numeric=True)
     text = clean(row.get(key), 120)
-    names: dict[str, dict[str, str]] = {"mode": MODES, "tier": TIERS, "method": METHODS}
+    names: dict[str, dict[str, str]] = {
+        "mode": MODES,
+        "tier": TIERS,
+        "method": METHODS,
+        "retriever": RETRIEVERS,
+    }
     if key == "system":
         return Cell(system_name(text) if text else "")
     return Cell(names.get(key, {}).get(text, text), tone=verdict_tone(text) if key == "verdict" else "")

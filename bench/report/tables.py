@@ -44,6 +44,9 @@ ORDER = {
     "memory": "system dtype peak_mb model_mb pool_mb overhead_mb overhead_full_pool_mb spliced_tokens",
     "attach": "system mode dtype context call_ms_p50 call_ms_p95 n",
     "int8": "weights dtype nll nll_more nll_more_low nll_more_high kl_mean top1 n",
+    "retrieval": "dataset retriever r_at_5 r_at_10 r_at_10_low r_at_10_high mrr r_at_10_single_hop "
+    "r_at_10_temporal r_at_10_multi_hop r_at_10_open_domain r_at_10_adversarial search_ms_p50 "
+    "search_ms_p95 n",
     "steady": "part recompute dtype stored memories memory_tokens ttft_ms_p50 ttft_ms_p95 splice_ms_p50 "
     "fetch_ms_p50 prefix_tokens kv_share host_share records vault_mb rss_mb records_changed records_added "
     "records_written tokens_per_s n",

@@ -12,6 +12,8 @@ from sqlite_utils import Database, Migrations
 
 from memos_engine.errors import StoreVersionError
 from memos_engine.memory.schema import APPLICATION_ID, FIRST
+from memos_engine.memory.schema_retrieval import SECOND
+from memos_engine.memory.store_fts import fill_passages
 
 Step = tuple[str, Callable[[Database], None]]
 
@@ -21,7 +23,13 @@ def _first(db: Database) -> None:
         db.execute(statement)
 
 
-STEPS: tuple[Step, ...] = (("0001_first", _first),)
+def _retrieval(db: Database) -> None:
+    for statement in SECOND:
+        db.execute(statement)
+    fill_passages(db.conn)
+
+
+STEPS: tuple[Step, ...] = (("0001_first", _first), ("0002_retrieval", _retrieval))
 
 _LEDGER = """CREATE TABLE IF NOT EXISTS schema_migration (
     id INTEGER PRIMARY KEY, migration_set TEXT NOT NULL, name TEXT NOT NULL, applied_at TEXT NOT NULL,

@@ -37,7 +37,9 @@ from memos_engine.memory.cube import (
 from memos_engine.memory.governance import KeyRing, Principal
 from memos_engine.memory.lifecycle import LIVE, LifecycleState, check_move
 from memos_engine.memory.store_base import Clock, utc_now
+from memos_engine.memory.store_fts import forget_passages, insert_passage
 from memos_engine.memory.store_kv import KVRows, drop_rows
+from memos_engine.memory.store_retrieval import RetrievalRows
 from memos_engine.memory.store_rows import (
     SELECT_CUBE,
     among,
@@ -59,7 +61,7 @@ Cubes = list[MemCube]  # inside of the class, `list` is a verb
 History = list[HistoryEntry]
 
 
-class MemoryStore(VectorRows, KVRows):
+class MemoryStore(RetrievalRows, VectorRows, KVRows):
     """An open store; made by `MemoryStore.open`, usable by all threads of the process that opened it."""
 
     @classmethod
@@ -93,26 +95,34 @@ class MemoryStore(VectorRows, KVRows):
         principal: Principal,
         text: str,
         *,
-        vector: npt.ArrayLike,
-        model_id: str,
+        vector: npt.ArrayLike | None = None,
+        model_id: str | None = None,
         tags: Iterable[str] = (),
         semantic_type: str = "fact",
         origin: str = "user_input",
         idempotency_key: str | None = None,
         ttl_at: datetime | None = None,
+        session: str | None = None,
+        valid_from: datetime | None = None,
     ) -> MemCube:
         """Store a new memory with its embedding `vector [dim]`; it is durable and retrievable on return.
 
-        Repeating a call with the same `idempotency_key` returns the memory of the first one. Raises
-        `MemoryInputError`, `ConflictError` (that key was used for another text, or its memory is gone),
-        `StoreFullError`, `StoreError`.
+        Without `vector` and `model_id` it is found by its words, until an embedder meets it. `session` names
+        the conversation it is from: what was said before it there is its context in retrieval. `valid_from`
+        is since when it holds (default: now). Repeating a call with the same `idempotency_key` returns the
+        memory of the first one. Raises `MemoryInputError`, `ConflictError` (that key was used for another
+        text, or its memory is gone), `StoreFullError`, `StoreError`.
         """
         validate_text(text)
         labels = json.dumps(validate_tags(tags))
         validate_label("semantic_type", semantic_type)
         validate_origin(origin)
-        validate_text(model_id, 256)
-        unit = unit_vector(vector)
+        if (vector is None) != (model_id is None):
+            raise MemoryInputError("give vector and model_id together, or neither of them.")
+        unit = None if vector is None else unit_vector(vector)
+        model = "" if model_id is None else validate_text(model_id, 256)
+        since = None if valid_from is None else time_to_text(valid_from)
+        label = None if session is None else validate_text(session, 256)
         expiry = None if ttl_at is None else time_to_text(ttl_at)
         where, params = visible(principal, "", hidden=True)
         token = None
@@ -168,7 +178,9 @@ class MemoryStore(VectorRows, KVRows):
                 (cube_id, now, origin, semantic_type, fingerprint, self.keys.id),
             )
             conn.execute("INSERT INTO cube_body VALUES (?, 1, ?, ?)", (cube_id, text, labels))
-            insert_vector(conn, cube_id, 1, model_id, unit)
+            if unit is not None:
+                insert_vector(conn, cube_id, 1, model, unit)
+            insert_passage(conn, principal, cube_id, 1, text, since or now, label)
             record_event(conn, principal, cube_id, 1, "added", LifecycleState.GENERATED, now)
             return find(conn, principal, cube_id, now)
 
@@ -327,6 +339,7 @@ class MemoryStore(VectorRows, KVRows):
                 conn.execute(
                     "INSERT INTO erasure (cube_id, at, payloads) VALUES (?, ?, ?)", (cube_id, now, payloads)
                 )
+                forget_passages(conn, cube_id)
                 conn.execute("DELETE FROM vector WHERE cube_id = ?", (cube_id,))
                 conn.execute("DELETE FROM cube_body WHERE cube_id = ?", (cube_id,))
                 record_move(conn, principal, cube, "erased", LifecycleState.EXPIRED, now)

@@ -14,6 +14,7 @@ from memos_engine.errors import MemoryInputError, StoreError
 from memos_engine.memory.audit import verify_chain
 from memos_engine.memory.cube import CubeIds, time_to_text, validate_label
 from memos_engine.memory.governance import KeyRing, Principal, StoreKeys
+from memos_engine.memory.snapshots import SnapshotFiles
 from memos_engine.memory.store_db import INDEX, VAULT, StoreDB, translate
 from memos_engine.memory.store_rows import append_audit
 from memos_engine.memory.vault import FileSystem, MemVault
@@ -44,6 +45,7 @@ class StoreBase:
             for name in (VAULT, INDEX):
                 (directory / name).mkdir(exist_ok=True, mode=0o700)
             self.vault = MemVault(directory / VAULT, fs)
+            self.snapshots = SnapshotFiles(directory / INDEX)
             self.store_id, self.keys = self._identify(keyring)
         except OSError as error:
             self.close()
@@ -89,6 +91,10 @@ class StoreBase:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def now(self) -> datetime:
+        """The store's clock."""
+        return self._clock()
 
     def _now(self) -> str:
         return time_to_text(self._clock())

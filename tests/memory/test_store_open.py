@@ -199,13 +199,13 @@ def test_migrations_apply_in_order_whole_or_not_at_all(place: Path) -> None:
 
     before = schema()
     with pytest.raises(StoreError):
-        StoreDB(place, steps=(*STEPS, ("0002_columns", _columns), ("0003_fails", _fails_half_way)))
+        StoreDB(place, steps=(*STEPS, ("0003_columns", _columns), ("0004_fails", _fails_half_way)))
     assert schema() == before
-    StoreDB(place, steps=(*STEPS, ("0002_columns", _columns))).close()
+    StoreDB(place, steps=(*STEPS, ("0003_columns", _columns))).close()
     after = schema()
-    assert after[2:] == ([("0001_first",), ("0002_columns",)], (2,))
+    assert after[2:] == ([("0001_first",), ("0002_retrieval",), ("0003_columns",)], (3,))
     assert ("mood",) in after[1]  # type: ignore[operator]
-    with pytest.raises(StoreVersionError, match=r"version 2.*up to 1"):
+    with pytest.raises(StoreVersionError, match=r"version 3.*up to 2"):
         StoreDB(place)
 
 
