@@ -31,7 +31,7 @@ _RELATIVE = re.compile(
     re.IGNORECASE,
 )
 _COUNTS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
-_DAYS = {"day": 1, "week": 7, "weekend": 7, "month": 31, "year": 366}
+_DAYS = {"day": 1.0, "week": 7.0, "weekend": 7.0, "month": 30.44, "year": 365.2425}
 
 Interval = tuple[datetime, datetime]
 
@@ -85,14 +85,16 @@ def _relative(match: re.Match[str], today: date) -> tuple[date, date] | None:
         if parts["count"]:
             count, unit = parts["count"].lower(), parts["unit"].lower()
             length = _DAYS[unit]
-            middle = today - timedelta(days=(_COUNTS.get(count) or int(count)) * length)
-            return middle - timedelta(days=length // 2), middle + timedelta(days=length // 2)
+            middle = today - timedelta(days=round((_COUNTS.get(count) or int(count)) * length))
+            around = timedelta(days=int(length / 2))
+            return middle - around, middle + around
         word = parts["word"].lower()
         if word in ("today", "yesterday"):
             day = today - timedelta(days=word == "yesterday")
             return day, day
         length = _DAYS[parts["span"].lower()]
-        return today - timedelta(days=length if word.startswith(("this", "past")) else 2 * length), today
+        back = length if word.startswith(("this", "past")) else 2 * length
+        return today - timedelta(days=round(back)), today
     except OverflowError:
         return None
 
