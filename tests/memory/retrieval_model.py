@@ -90,10 +90,10 @@ def relevance(
     stems = [s for s in stems if s not in COMMON] or stems
     held = {s: sum(s in found for found in words.values()) for s in stems}
     used = sorted((s for s in stems if held[s]), key=lambda s: (held[s], s))[: weights.max_terms]
-    mean = max(1.0, sum(length.values()) / len(length)) if length else 1.0
 
     def coverage(sets: dict[str, set[str]], sizes: dict[str, int]) -> dict[str, float]:
         n, out = len(sets), {}
+        mean = max(1.0, sum(sizes.values()) / n) if n else 1.0
         counts = {s: sum(s in found for found in sets.values()) for s in used}
         for name, found in sets.items():
             total = sum(math.log1p((n - counts[s] + 0.5) / (counts[s] + 0.5)) for s in used if s in found)
