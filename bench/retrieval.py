@@ -34,7 +34,9 @@ from memos_engine.memory.store_fts import Stemmer
 
 DATASET = "locomo"
 # What is tried, one weight after the other, twice over, from the plainest hybrid. The other weights stay.
-START = RetrievalWeights(dense=1.0, from_before=0.0, from_after=0.0, dated=0.0)
+START = RetrievalWeights(
+    words_context=1.0, dense=1.0, dense_context=1.0, from_before=0.0, from_after=0.0, dated=0.0
+)
 GRID: dict[str, tuple[float, ...]] = {
     "words_context": (0.5, 1.0, 1.5, 2.0),
     "dense": (0.0, 0.25, 0.5, 1.0),

@@ -38,15 +38,15 @@ class RetrievalWeights:
     """
 
     words: float = 1.0
-    words_context: float = 1.0
-    dense: float = 0.5
-    dense_context: float = 1.0
+    words_context: float = 2.0
+    dense: float = 0.25
+    dense_context: float = 1.5
     length: float = 0.1
-    from_before: float = 0.1
-    from_after: float = 0.2
+    from_before: float = 0.0
+    from_after: float = 0.1
     fading: float = 0.75
     reach: int = 6
-    dated: float = 0.25
+    dated: float = 0.4
     dated_days: int = 3
     max_terms: int = 8
 

@@ -50,9 +50,13 @@ class Search:
     intervals: tuple[tuple[int, int], ...]
     query: npt.NDArray[np.float32] | None
 
-    def order(self, min_score: float | None = None, *, matching_only: bool = False) -> Ints:
-        """Allowed rows, best first; equal ones by cosine, then older first. `matching_only`: none of no
-        relevance."""
+    def order(
+        self, min_score: float | None = None, *, matching_only: bool = False, first: int | None = None
+    ) -> Ints:
+        """Allowed rows, best first; equal ones by cosine, then older first.
+
+        `matching_only`: none of no relevance. `first`: that many of them, or some more, are enough.
+        """
         ranking, places = self.ranking, self.view.passages.place
         score = np.round(self._scores(), DIGITS)
         taken = self.allowed
@@ -61,6 +65,9 @@ class Search:
         if min_score is not None:
             taken = taken & (score >= min_score)
         rows = np.flatnonzero(taken)
+        if first is not None and len(rows) > first:
+            least = np.partition(ranking.relevance[rows], -first)[-first]
+            rows = rows[ranking.relevance[rows] >= least]
         return rows[np.lexsort((places[rows], -score[rows], -ranking.relevance[rows]))]
 
     def scores(self, rows: Ints) -> list[float]:

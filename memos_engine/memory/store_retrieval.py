@@ -20,8 +20,12 @@ from memos_engine.memory.store_rows import SELECT_CUBE, Params, among, cube_of, 
 
 _ROWS = """SELECT f.id, c.id, f.place, c.owner, f.session, f.words, f.valid_from, c.state, c.ttl_at,
     v.cube_id IS NOT NULL{vec}
-FROM cube c JOIN passage f ON f.cube_id = c.id AND f.version = c.version
+FROM {cube} JOIN passage f ON f.cube_id = c.id AND f.version = c.version
 LEFT JOIN vector v ON v.cube_id = c.id AND v.version = c.version AND v.model_id = :model"""
+
+# Few memories by id: without the fixed order SQLite walks through all that the caller has.
+_BY_IDS = "json_each(:ids) one CROSS JOIN cube c ON c.id = one.value"
+_FOUND = SELECT_CUBE.replace("FROM cube c", f"FROM {_BY_IDS}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +62,12 @@ class RetrievalRows(StoreBase):
         """What the caller may see (of `ids`), in any state, also where its time to live is over: whoever
         keeps the rows asks the clock at each search."""
         where, params = visible(principal, "")
-        sql = f"{_ROWS.format(vec=', v.vec' if vectors else '')} WHERE {where}"
         params["model"] = model_id
         if ids is not None:
-            sql += " AND c.id IN (SELECT value FROM json_each(:ids))"
             params["ids"] = among(ids)
+        sql = _ROWS.format(vec=", v.vec" if vectors else "", cube="cube c" if ids is None else _BY_IDS)
         with self._db.read() as conn:
-            rows = conn.execute(f"{sql} ORDER BY f.id", params).fetchall()
+            rows = conn.execute(f"{sql} WHERE {where}", params).fetchall()
         return [_passage(row, row[10] if vectors else None) for row in rows]
 
     def changes(self, since: int | None) -> tuple[int, list[str] | None]:
@@ -110,8 +113,7 @@ class RetrievalRows(StoreBase):
         params.update(ids=among(ids), states=among(state.value for state in states))
         with self._db.read() as conn:
             rows = conn.execute(
-                f"{SELECT_CUBE} WHERE {where} AND c.id IN (SELECT value FROM json_each(:ids)) "
-                "AND c.state IN (SELECT value FROM json_each(:states))",
+                f"{_FOUND} WHERE {where} AND c.state IN (SELECT value FROM json_each(:states))",
                 params,
             ).fetchall()
         return {row[0]: cube_of(row) for row in rows}

@@ -129,17 +129,15 @@ def dense_views(
         return index.views(query, slot, linked[0], linked[1])
     looked = np.flatnonzero(active) if rows is None else rows[active[rows]]
     own, mixed = np.zeros(len(passages)), np.zeros(len(passages))
+    sets = [np.where((at >= 0) & active[at], at, -1) for at in (looked, one[looked], two[looked])]
+    needed = np.unique(np.concatenate(sets))
+    vectors = index.vectors(np.where(needed >= 0, passages.keys[needed], -1))
     total = np.zeros((len(looked), len(query)), np.float32)
-    for weight, at in zip(CONTEXT, (looked, one[looked], two[looked]), strict=True):
-        there = (at >= 0) & active[at] if len(active) else at >= 0
-        keys = np.where(there, passages.keys[at], -1)
-        vectors = index.vectors(keys)
-        if weight == CONTEXT[0]:
-            own[looked] = cosines(query, vectors)
-            total[~vectors.any(axis=1)] = np.nan  # without a vector of its own there is no view
-        total += np.float32(weight) * vectors
+    for weight, at in zip(CONTEXT, sets, strict=True):
+        total += np.float32(weight) * vectors[np.searchsorted(needed, at)]
+    mine = vectors[np.searchsorted(needed, sets[0])]
     length = np.linalg.norm(total, axis=1, keepdims=True)
-    good = np.isfinite(length[:, 0]) & (length[:, 0] > 1e-6)
-    unit = np.divide(total, length, out=np.zeros_like(total), where=good[:, None])
-    mixed[looked] = cosines(query, unit)
+    good = mine.any(axis=1) & (length[:, 0] > 1e-6)  # without a vector of its own there is no view
+    own[looked] = cosines(query, mine)
+    mixed[looked] = cosines(query, np.divide(total, length, out=np.zeros_like(total), where=good[:, None]))
     return own, mixed
