@@ -215,10 +215,9 @@ class ActivationMemory:
         for (cube, ids, identity), made in zip(group, averages, strict=True):
             record = KVRecord(made.k, made.v, ids, "", "", made.sigma_v.to(torch.float16), made.rank)
             self._put(principal, cube, record, identity, sources)
-            former = self.left.former(principal, cube.id, self._room(len(ids)))
-            if former:
-                left_before = tuple(context.digest for context in former)
-                self.store.drop_kv(replace(identity, left_contexts=left_before).digest(), "made anew")
+            former = tuple(c.digest for c in self.left.former(principal, cube.id, self._room(len(ids))))
+            if former and former != identity.left_contexts:
+                self.store.drop_kv(replace(identity, left_contexts=former).digest(), "made anew")
         return {cube.id for cube, _, _ in group}
 
     def _put(

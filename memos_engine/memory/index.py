@@ -59,19 +59,3 @@ def cosines(query: Floats, matrix: Floats) -> Floats:
     if not np.isfinite(scores).all():  # every NaN or infinity in a row reaches its score
         raise MemoryInputError("a stored embedding holds NaN or infinity; embed that memory anew.")
     return np.asarray(scores, dtype=np.float32)
-
-
-class ExactIndex:
-    """A full scan: exact, and below some 20,000 rows as fast as anything."""
-
-    def search(self, query: Floats, matrix: Floats, k: int) -> tuple[Indices, Floats]:
-        """The `min(k, n)` rows of `matrix [n, dim]` with the highest cosine to `query [dim]`, all float32.
-
-        Equal cosines (see `cosines`) go by row number: the same input gives the same order everywhere. Raises
-        what `cosines` raises, and `MemoryInputError` for `k < 1`.
-        """
-        if k < 1:
-            raise MemoryInputError(f"k must be at least 1, not {k}.")
-        scores = cosines(query, matrix)
-        order = np.argsort(-scores, kind="stable")[:k]
-        return order.astype(np.int64), scores[order].astype(np.float32)

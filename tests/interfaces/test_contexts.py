@@ -137,3 +137,12 @@ def test_with_four_times_the_memories_records_are_made_anew(engine):
     kept = {row[0] for row in rows(engine, f"SELECT identity FROM kv_artifact WHERE cube_id = '{first.id}'")}
     assert after.digest() in kept
     assert before.digest() not in kept
+
+
+def test_a_record_whose_contexts_stayed_the_same_is_kept(engine, monkeypatch):
+    """An owner's choice may change and leave a long memory with neutral contexts, as before."""
+    alice = engine.user("alice")
+    (cube,) = memories(alice, 1)
+    monkeypatch.setattr(engine.activation.left, "former", engine.activation.left.of)
+    alice.warm([cube.id])
+    assert AVERAGED in stored(engine, alice, cube)
