@@ -29,6 +29,8 @@ $(VENV)/.torch: | $(BIN)/python
 
 $(VENV)/.deps: pyproject.toml requirements.lock $(VENV)/.torch
 	$(PIP) install -c requirements.lock -r requirements.lock
+# hnswlib comes as source only; without it indices are exact. Not for this machine's processor alone.
+	HNSWLIB_NO_NATIVE=1 $(PIP) install --quiet hnswlib==0.8.0 || echo "hnswlib was not built: no C++ compiler?"
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.deps $(NATIVE)

@@ -133,10 +133,8 @@ def references(
 
 def _references(engine: DecoderEngine, plans: Sequence[Plan], stop: Sequence[int]) -> list[Reference]:
     with laid_out(engine, plans) as requests:
-        pages = engine.runner.cache.k
         sizes = [request.prompt_len for request in requests]
-        shape = (pages.shape[0], sum(sizes), *pages.shape[3:])
-        capture = KVCapture(pages.new_empty(shape), pages.new_empty(shape), first=0)
+        capture = KVCapture.empty(engine.spec, engine.runner.model.weights, sum(sizes))
         firsts = forward(engine, requests, [r.pending for r in requests], [1] * len(requests), capture)
         for request, (logits,) in zip(requests, firsts, strict=True):
             request.tokens.append(int(logits.argmax()))

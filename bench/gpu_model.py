@@ -6,7 +6,6 @@ python -m memos_engine.bench.gpu_model DEVICE SHAPES TARGET
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 
@@ -14,15 +13,13 @@ import torch
 from memos_engine.bench.gpu_timing import Rows, ceilings_of, median_ms
 from memos_engine.bench.limits import Limits
 from memos_engine.bench.options import Options
-from memos_engine.bench.target import open_target
+from memos_engine.bench.target import open_target, random_weights
 from torch import Tensor
 
 from memos_engine.decoder.graphs import GraphRunner, graph_runner
 from memos_engine.decoder.kvcache import KVCache
 from memos_engine.decoder.layers import StepInput
 from memos_engine.decoder.model import PagedDecoder
-from memos_engine.decoder.spec import ModelSpec
-from memos_engine.decoder.weights import Weights, expected_shapes
 
 PAGE = 16
 
@@ -59,20 +56,6 @@ def main() -> None:
     wrong = [row for row in rows.rows if row["graph_differs"] is True]
     print(f"{len(wrong)} graphs differ" if wrong else f"{len(rows.rows)} rows")
     raise SystemExit(bool(wrong))
-
-
-def random_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Weights:
-    """All in one tensor in the order of a forward, so that q, k, v and gate, up are one product each."""
-    expected = expected_shapes(spec)
-    arena = torch.empty(sum(map(math.prod, expected.values())), dtype=dtype, device=device)
-    arena.normal_(std=spec.hidden_size**-0.5)
-    tensors, at = {}, 0
-    for name, shape in expected.items():
-        tensors[name] = arena[at : at + math.prod(shape)].view(shape)
-        at += math.prod(shape)
-        if len(shape) == 1:
-            tensors[name].fill_(0.0 if name.endswith("bias") else 1.0)
-    return Weights(tensors, spec)
 
 
 def step_input(cache: KVCache, vocab: int, requests: int, keys: int, count: int) -> StepInput:

@@ -25,7 +25,11 @@ from memos_engine.ops import Backend, backend_for
 
 _CACHES = 96 << 20  # more than the last-level cache of the machines this is likely to meet
 _PAGE = 16
+_LONG = 8192  # keys of a long context, where reading them is most of a decoding step
 _RECORDS = 3  # records in turn, so that none is in a cache when its turn comes
+
+
+_Pages = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,10 @@ def _measure(
     return rows, [{"name": name, **stats.ratio(ours, plain).public()}]
 
 
+def _suffix(int8: bool) -> str:
+    return ", int8 pages" if int8 else ""
+
+
 def _label(backend: Backend) -> str:
     if backend.NAME == "reference":
         return "reference"
@@ -130,6 +138,12 @@ def _makers(
         for rows in (1, 32, keys + 32):
             out.append((f"attention {rows} x {keys}", lambda r=rows, k=keys: make.attention(r, k)))  # type: ignore[misc]
         out.append((f"splice {keys}", lambda k=keys: make.splice(k)))  # type: ignore[misc]
+        out.append((f"splice {keys}, int8 pages", lambda k=keys: make.splice(k, int8=True)))  # type: ignore[misc]
+    for keys in sorted({*contexts, _LONG}):
+        for rows, int8 in ((1, False), (1, True), (32, True)):
+            if int8 or keys not in contexts:
+                unit = f"attention {rows} x {keys}" + (", int8 pages" if int8 else "")
+                out.append((unit, lambda r=rows, k=keys, i=int8: make.attention(r, k, i)))  # type: ignore[misc]
     hidden, inner = spec.hidden_size, spec.intermediate_size
     for rows in (1, 32, 1024):
         out.append((f"gate_up {rows}", lambda r=rows: make.linear("gate_up", r, hidden, 2 * inner)))  # type: ignore[misc]
@@ -149,12 +163,14 @@ class _Maker:
         self.spec, self.kind, self.device, self.backend = spec, kind, device, backend
         torch.manual_seed(0)
 
-    def attention(self, rows: int, keys: int) -> Case:
-        """The last `rows` of `keys` positions (all of them, causal, when there are as many)."""
+    def attention(self, rows: int, keys: int, int8: bool = False) -> Case:
+        """The last `rows` of `keys` positions (all of them, causal, when there are as many); torch has keys
+        of the model's dtype either way."""
         s, total = self.spec, max(rows, keys)
         blocks = -(-total // _PAGE) + 1
-        copies = self._copies(2 * total * s.num_kv_heads * s.head_dim)
-        k_pages, v_pages = (self._rand(copies, blocks, _PAGE, s.num_kv_heads, s.head_dim) for _ in range(2))
+        size = 1 if int8 else self.kind.itemsize
+        copies = max(1, min(64, -(-_CACHES // (2 * total * s.num_kv_heads * s.head_dim * size))))
+        pages = self._pages(int8, copies, blocks)
         q = self._rand(rows, s.num_heads, s.head_dim)
         table = self._ints(torch.randperm(blocks - 1)[None] + 1)
         start, lens = self._ints(torch.tensor([0, rows])), self._ints(torch.tensor([total]))
@@ -174,41 +190,51 @@ class _Maker:
             return attend(qt, k[j], v[j], attn_mask=None if rows == 1 else mask, enable_gqa=True)
 
         pairs = rows * (total - rows) + rows * (rows + 1) // 2
-        size = self.kind.itemsize
+        of_head = s.head_dim * size + (4 if int8 else 0)
+
+        def ours(i: int) -> object:
+            now = i % copies
+            return self.backend.paged_attention(
+                q, pages[0][now], pages[1][now], table, start, lens, positions, scale,
+                k_page_scale=None if pages[2] is None else pages[2][now],
+                v_page_scale=None if pages[3] is None else pages[3][now],
+            )  # fmt: skip
+
         return Case(
-            "paged_attention", f"{rows} rows x {total} keys, {s.num_heads}/{s.num_kv_heads} x {s.head_dim}",
-            4.0 * s.num_heads * s.head_dim * pairs, 2.0 * total * s.num_kv_heads * s.head_dim * size, "read",
-            lambda i: self.backend.paged_attention(
-                q, k_pages[i % copies], v_pages[i % copies], table, start, lens, positions, scale
-            ),
-            plain,
+            "paged_attention",
+            f"{rows} rows x {total} keys, {s.num_heads}/{s.num_kv_heads} x {s.head_dim}" + _suffix(int8),
+            4.0 * s.num_heads * s.head_dim * pairs, 2.0 * total * s.num_kv_heads * of_head, "read",
+            ours, plain,
         )  # fmt: skip
 
-    def splice(self, tokens: int) -> Case:
+    def splice(self, tokens: int, int8: bool = False) -> Case:
         """A record into shuffled pages of all layers; torch does a plain copy of the same bytes."""
         s = self.spec
         shape = (s.num_layers, tokens, s.num_kv_heads, s.head_dim)
         blocks = -(-(tokens + 5) // _PAGE) + 1
-        pages = (s.num_layers, blocks, _PAGE, s.num_kv_heads, s.head_dim)
         at = torch.arange(5, tokens + 5)
         slots = ((torch.randperm(blocks - 1) + 1)[at // _PAGE] * _PAGE + at % _PAGE).to(self.device)
         table = ops.rope_table(s.rope.inv_freq(s.head_dim), tokens + 8).to(self.device)
         positions = self._ints(at)
         records = [[self._rand(*shape) for _ in range(2)] for _ in range(_RECORDS)]
-        places = [[self._rand(*pages) for _ in range(2)] for _ in range(_RECORDS)]
+        places = [self._pages(int8, s.num_layers, blocks) for _ in range(_RECORDS)]
         copies = [[torch.empty_like(part) for part in record] for record in records]
 
         def ours(i: int) -> None:
-            (k, v), (k_pages, v_pages) = records[i % _RECORDS], places[i % _RECORDS]
-            self.backend.splice_kv(k, v, k_pages, v_pages, slots, positions, table)
+            (k, v), (k_pages, v_pages, k_scale, v_scale) = records[i % _RECORDS], places[i % _RECORDS]
+            self.backend.splice_kv(
+                k, v, k_pages, v_pages, slots, positions, table, k_page_scale=k_scale, v_page_scale=v_scale
+            )
 
         def plain(i: int) -> None:
             j = i % _RECORDS
             for source, target in zip(records[j], copies[j], strict=True):
                 target.copy_(source)
 
-        moved = 2.0 * sum(part.nbytes for part in records[0])
-        name = f"{s.num_layers} layers x {tokens} tokens x {s.num_kv_heads} x {s.head_dim}"
+        read = float(sum(part.nbytes for part in records[0]))
+        narrow = 2.0 * s.num_layers * tokens * s.num_kv_heads * (s.head_dim + 4)
+        moved = read + (narrow if int8 else read)
+        name = f"{s.num_layers} layers x {tokens} tokens x {s.num_kv_heads} x {s.head_dim}" + _suffix(int8)
         return Case("splice_kv", name, 0.0, moved, "copy", ours, plain)
 
     def append(self, rows: int) -> Case:
@@ -257,6 +283,15 @@ class _Maker:
             lambda i: self.backend.silu_mul(gate, up),
             lambda i: F.silu(gate) * up,
         )  # fmt: skip
+
+    def _pages(self, int8: bool, layers: int, blocks: int) -> _Pages:
+        """K and V and, with int8, their scales; random values."""
+        shape = (layers, blocks, _PAGE, self.spec.num_kv_heads, self.spec.head_dim)
+        if not int8:
+            return self._rand(*shape), self._rand(*shape), None, None
+        k, v = (torch.randint(-127, 128, shape, dtype=torch.int8, device=self.device) for _ in range(2))
+        k_scale, v_scale = (torch.full(shape[:-1], 0.5 / 127, device=self.device) for _ in range(2))
+        return k, v, k_scale, v_scale
 
     def _copies(self, elements: int) -> int:
         return max(1, min(64, -(-_CACHES // (elements * self.kind.itemsize))))

@@ -1,4 +1,4 @@
-"""LoCoMo's dialogues (Maharana et al., arXiv 2402.17753) in SQuAD's format, for `bench quality`.
+"""LoCoMo's dialogues (Maharana et al., arXiv 2402.17753) in SQuAD's format and, below, as memories.
 
 A session is a paragraph of lines "speaker: text" under its date; a question is kept where a single turn holds
 its evidence, which then stands for the answer's place. CC BY-NC 4.0: read where it lies.
@@ -6,6 +6,9 @@ its evidence, which then stands for the answer's place. CC BY-NC 4.0: read where
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from itertools import count
 from typing import Any
 
@@ -36,3 +39,67 @@ def _paragraphs(dialogue: dict[str, Any]) -> list[dict[str, Any]]:
             answer = {"text": str(item["answer"]), "answer_start": start, "answer_end": end}
             out[where]["qas"].append({"question": item["question"], "answers": [answer]})
     return out
+
+
+# -- as memories, for `bench retrieval` ------------------------------------------------------------------
+
+CATEGORIES = {1: "multi_hop", 2: "temporal", 3: "open_domain", 4: "single_hop", 5: "adversarial"}
+_EVIDENCE = re.compile(r"D:?(\d+):(\d+)")
+_DATE = "%I:%M %p on %d %B, %Y"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn as a memory: `speaker: text`, with the caption of the picture that was sent along."""
+
+    text: str
+    session: str
+    at: datetime
+
+
+@dataclass(frozen=True)
+class Sought:
+    """A question, its category, and the numbers of the turns that hold its evidence (at least one)."""
+
+    text: str
+    category: str
+    evidence: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    turns: tuple[Turn, ...]
+    questions: tuple[Sought, ...]
+
+
+def dialogues(raw: list[dict[str, Any]]) -> list[Dialogue]:
+    """All turns in order, and the questions whose evidence names a turn that is there."""
+    return [_dialogue(one) for one in raw]
+
+
+def _dialogue(raw: dict[str, Any]) -> Dialogue:
+    conversation = raw["conversation"]
+    turns: list[Turn] = []
+    place: dict[tuple[int, int], int] = {}
+    for number in count(1):
+        session = conversation.get(f"session_{number}")
+        if session is None:
+            break
+        at = datetime.strptime(conversation[f"session_{number}_date_time"], _DATE)
+        for turn in session:
+            caption = f" [shares {turn['blip_caption']}]" if turn.get("blip_caption") else ""
+            place[_turn_id(turn["dia_id"])] = len(turns)
+            text = f"{turn['speaker']}: {turn['text'].strip()}{caption}"
+            turns.append(Turn(text, str(number), at.replace(tzinfo=timezone.utc)))
+    questions = []
+    for item in raw["qa"]:
+        named = [(int(a), int(b)) for one in item["evidence"] for a, b in _EVIDENCE.findall(one)]
+        evidence = tuple(dict.fromkeys(place[one] for one in named if one in place))
+        if evidence:
+            questions.append(Sought(item["question"], CATEGORIES[item["category"]], evidence))
+    return Dialogue(tuple(turns), tuple(questions))
+
+
+def _turn_id(text: str) -> tuple[int, int]:
+    session, turn = _EVIDENCE.findall(text)[0]
+    return int(session), int(turn)

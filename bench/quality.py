@@ -20,7 +20,7 @@ from memos_engine.bench.document import Document, Row, read_result
 from memos_engine.bench.forced import Outcome, evaluate, references, require_exact
 from memos_engine.bench.options import Options, Progress, silent
 from memos_engine.bench.records import Stores
-from memos_engine.bench.splicing import METHODS, OWN, Case, Method, computed, everything
+from memos_engine.bench.splicing import METHODS, NEUTRAL, OWN, Case, Method, computed, everything
 from memos_engine.bench.stats import bootstrap, paired_bootstrap
 from memos_engine.bench.systematic import systematic_shares
 from memos_engine.bench.xquad import (
@@ -30,6 +30,7 @@ from memos_engine.bench.xquad import (
     answer_contains,
     answer_f1,
     load,
+    memory_spans,
     prompts,
 )
 
@@ -37,7 +38,6 @@ from memos_engine.api import MemoryEngine
 from memos_engine.config import ConfigError, DecoderConfig
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.models import resolve
-from memos_engine.neutral import left_contexts
 from memos_engine.profile import ProfilePoint, SplicingProfile, save_profile
 
 RECOMPUTE = (0.0, 0.15, 0.40)
@@ -54,7 +54,8 @@ Samples = dict[Key, Figures]
 NOTES = (
     "Float32 against full prefill of the same ids, over its greedy answer until end of text, at most 16 "
     "tokens; kl_token1 is the first of them alone, kl_p99 the 99th percentile over all tokens of all "
-    "prompts, all other figures are means over prompts. Nothing is reused between prompts or methods.",
+    "prompts, kl_tokens and top1_tokens are means over all tokens, all other figures means over prompts. "
+    "Nothing is reused between prompts or methods.",
     f"Memories are runs of whole sentences of a paragraph, about {MEMORY_TOKENS} tokens a prompt, divided by "
     "the number of memories: with 3 most paragraphs are whole or halved, with 8 a memory is a sentence or 2.",
     "Every method that splices has the memory in slot 0 exact by construction: its record was encoded behind "
@@ -62,9 +63,10 @@ NOTES = (
     "full puts the reference's own keys and values through the splice and computes question and answer over "
     "them in other chunks (the numerical floor); full_bf16 is full prefill in bfloat16 (the noise floor of "
     "that dtype); none leaves the memories out.",
-    f"{OWN} splices averages over left contexts that belong to nobody and computes again what a first pass "
-    "of the query chooses; rank takes the same records and their own order; anchored, random, first_k and "
-    "cacheblend splice records encoded behind the anchor alone.",
+    f"{OWN} splices averages over left contexts of the owner's other memories (the whole set is the owner's) "
+    "and computes again what a first pass of the query chooses; rank takes the same records and their own "
+    f"order; {NEUTRAL} takes averages over left contexts that belong to nobody; anchored, random, first_k "
+    "and cacheblend splice records encoded behind the anchor alone.",
     "cacheblend also has layers 0 and 1 of every memory token fresh, as published; r does not count them.",
     "Checked on the first prompt of every unit: computing every memory token behind slot 0 again, as "
     "scattered rows over spliced pages, gives the distributions of full prefill (KL below 1e-6).",
@@ -120,20 +122,21 @@ class _Scorer:
         self.engine, self.layout, self.tokenizer = engine.decoder, engine.layout, engine.tokenizer
         self.stop = engine.eos_token_ids
         self.half = self._open("bfloat16").decoder
-        anchor = self.layout.anchor
-        room = self.engine.spec.max_positions - len(anchor) - 2 * MEMORY_TOKENS
-        self.contexts = left_contexts(self.layout, room)
-        self.stores = Stores(self.engine, anchor, self.contexts)
+        self._neutral = any(method.name == NEUTRAL for method in methods)
+        self._stores: dict[int, Stores] = {}
         self._prompts: dict[int, list[Prompt]] = {}
 
     def block(self, count: int, first: int, tell: Callable[[int], None]) -> Samples:
         """Scores prompts `first ...` with `count` memories by every method."""
         out: Samples = {}
         block = self.drawn(count)[first : first + BLOCK]
-        self.stores.prepare([span for prompt in block for span in prompt.memories[1:]])
+        spans = [span for prompt in block for span in prompt.memories[1:]]
+        stores = self.stores(count)
+        stores.prepare(spans, self._neutral)
         for at in range(0, len(block), TOGETHER):
             group = block[at : at + TOGETHER]
-            for done, (prompt, outcomes) in enumerate(zip(group, self._scored(group), strict=True), at + 1):
+            scored = self._scored(group, stores)
+            for done, (prompt, outcomes) in enumerate(zip(group, scored, strict=True), at + 1):
                 for key, outcome in outcomes:
                     self._add(out.setdefault(key, {}), prompt, outcome)
                 tell(first + done)
@@ -146,25 +149,33 @@ class _Scorer:
             self._prompts = {count: drawn}
         return self._prompts[count]
 
+    def stores(self, count: int) -> Stores:
+        """The records of an owner who keeps the whole set in memories of this size."""
+        if count not in self._stores:
+            owned = memory_spans(self.dataset, self.layout, count)
+            self._stores = {count: Stores(self.engine, self.layout, owned)}
+        return self._stores[count]
+
     def _open(self, dtype: str) -> MemoryEngine:
         spec = ModelSpec.from_folder(resolve(self.options.model))
         token = 8 * spec.num_layers * spec.num_kv_heads * spec.head_dim  # K and V in float32
         tokens = max(min(spec.max_positions, 4096), POOL_BYTES // token)
         return MemoryEngine.open(self.options.model, decoder=DecoderConfig(dtype=dtype, pool_tokens=tokens))
 
-    def _scored(self, group: Sequence[Prompt]) -> list[list[tuple[Key, Outcome]]]:
+    def _scored(self, group: Sequence[Prompt], stores: Stores) -> list[list[tuple[Key, Outcome]]]:
         """What every method makes of each prompt; all methods and prompts share forwards."""
         anchor = self.layout.anchor
         ids = [(*anchor, *chain.from_iterable(p.memories), *p.query) for p in group]
         cases = [
             Case(
                 self.engine,
-                self.stores.anchor,
-                self.stores.anchored(prompt.memories),
+                stores.anchor,
+                stores.anchored(prompt.memories),
                 prompt.query,
                 reference,
                 prompt.key,
-                self.stores.stored(prompt.memories),
+                stores.stored(prompt.memories),
+                stores.neutral(prompt.memories) if self._neutral else (),
             )
             for prompt, reference in zip(group, references(self.engine, ids, self.stop), strict=True)
         ]
@@ -173,14 +184,14 @@ class _Scorer:
         jobs = [(case, method, share) for case in cases for method, share in self.methods]
         plans = [method.plan(case, share) for case, method, share in jobs]
         found = evaluate(self.engine, plans, [case.reference for case, _, _ in jobs], self.stop)
-        plain = [computed(case, 1.0) for case in cases]
-        floor = evaluate(self.half, plain, [case.reference for case in cases], self.stop)
         keys = [(method.name, share) for method, share in self.methods]
         each = [found[i : i + len(keys)] for i in range(0, len(found), len(keys))]
-        return [
-            list(zip([*keys, (FLOOR, 1.0)], [*own, noise], strict=True))
-            for own, noise in zip(each, floor, strict=True)
-        ]
+        if not self.options.methods:
+            plain = [computed(case, 1.0) for case in cases]
+            floor = evaluate(self.half, plain, [case.reference for case in cases], self.stop)
+            keys.append((FLOOR, 1.0))
+            each = [[*own, noise] for own, noise in zip(each, floor, strict=True)]
+        return [list(zip(keys, own, strict=True)) for own in each]
 
     def _add(self, figures: Figures, prompt: Prompt, outcome: Outcome) -> None:
         answer = self.tokenizer.decode(list(outcome.answer), skip_special_tokens=True)
@@ -217,6 +228,7 @@ def _aggregate(document: Document, kept: dict[str, Any]) -> None:
 def _row(count: int, key: Key, figures: Figures) -> Row:
     per_prompt = [float(np.mean(values)) for values in figures["kl"]]
     kl, f1 = bootstrap(per_prompt), bootstrap(figures["f1"])
+    tokens = [len(values) for values in figures["kl"]]
     return {
         "method": key[0],
         "recompute": key[1],
@@ -227,6 +239,8 @@ def _row(count: int, key: Key, figures: Figures) -> Row:
         "kl_p99": _short(float(np.percentile(np.concatenate(figures["kl"]), 99))),
         "kl_token1": _short(float(np.mean([values[0] for values in figures["kl"]]))),
         "top1": round(float(np.mean(figures["top1"])), 4),
+        "kl_tokens": _short(float(np.mean(np.concatenate(figures["kl"])))),
+        "top1_tokens": round(float(np.average(figures["top1"], weights=tokens)), 4),
         "answer_f1": round(f1.value, 4),
         "f1_low": round(f1.low, 4),
         "f1_high": round(f1.high, 4),
@@ -268,7 +282,8 @@ def _short(value: float) -> float:
 def _profiled(scorer: _Scorer, document: Document) -> str:
     """Keeps the engine's curve for both dtypes; returns a note."""
     spans = [span for prompt in scorer.drawn(3)[:BLOCK] for span in prompt.memories[1:]]
-    shares = systematic_shares(scorer.engine, scorer.layout.anchor, spans, scorer.contexts) or (None, None)
+    contexts = scorer.stores(3).contexts
+    shares = systematic_shares(scorer.engine, scorer.layout.anchor, spans, contexts) or (None, None)
     keys = ("memories", "recompute", "kl_mean", "top1", "answer_f1", "n")
     own = [row for row in document.data["rows"] if row["method"] == OWN]
     points = tuple(ProfilePoint(**{key: row[key] for key in keys}) for row in own)

@@ -34,7 +34,7 @@ class Case:
     for oracles, and for cacheblend, which computes its first layers anyway.
 
     memories: records encoded behind the anchor alone; stored: what the engine keeps, exact in slot 0 and
-    averaged behind it.
+    averaged behind it; neutral: the same where no left context is the owner's.
     """
 
     engine: DecoderEngine
@@ -44,6 +44,7 @@ class Case:
     reference: Reference
     key: str
     stored: tuple[KVRecord, ...] = ()
+    neutral: tuple[KVRecord, ...] = ()
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -120,6 +121,11 @@ def own_int8(case: Case, share: float) -> Plan:
     return own(replace(case, stored=tuple(quantize_record(record) for record in case.stored)), share)
 
 
+def own_neutral(case: Case, share: float) -> Plan:
+    """The same with averages over left contexts that belong to nobody."""
+    return own(replace(case, stored=case.neutral), share)
+
+
 def ranked(case: Case, share: float) -> Plan:
     """Averaged records; the tokens with the highest ranks of their own, without a first pass."""
     return _by_engine(case, Recompute(share, by="rank"))
@@ -189,12 +195,13 @@ def shuffled_values(case: Case, share: float) -> Plan:
     return _refined(case, (case.memories[0], *mixed), ())
 
 
-OWN = "memos_engine"
+OWN, NEUTRAL = "memos_engine", "neutral"
 METHODS = (
     Method("full", full, fixed=1.0),
     Method("none", none, fixed=0.0),
     Method(OWN, own, at_zero=True),
     Method("int8", own_int8, at_zero=True),
+    Method(NEUTRAL, own_neutral, at_zero=True),
     Method("rank", ranked),
     Method("anchored", anchored, fixed=0.0),
     Method("random", at_random),

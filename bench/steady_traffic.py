@@ -21,11 +21,14 @@ from memos_engine.bench.texts import questions
 
 from memos_engine.api import MemoryEngine
 from memos_engine.config import SYSTEM_PROMPT, ConfigError, DecoderConfig, MemoryConfig
+from memos_engine.memory.retrieval import RetrievalWeights
 from memos_engine.prompt import PromptLayout, load_tokenizer
 
 STORED, TAKEN = 100, 4  # memories, and those of a request
 NEW, GROUP = 4, 32  # tokens of an answer; requests that run at once
 HELD, FORMS = 0.5, 2  # part of the records' bytes that host memory holds; records of a memory
+# The embedder alone chooses, whatever words a question has.
+NEAREST = RetrievalWeights(words=0, words_context=0, dense=1, dense_context=0, from_after=0, dated=0)
 POOL = 4096  # KV pool, in tokens, of the requests that come one by one
 KEYS = "MEMOS_ENGINE_KEYS"
 
@@ -175,11 +178,14 @@ def store_folder(options: Options) -> Iterator[Path]:
 def opened(traffic: Traffic, folder: Path, tell: Callable[[str, int], None]) -> Iterator[Bed]:
     """An engine of its own, so that every share begins alike; the first one fills the store."""
     chosen = Chosen(len(traffic.texts))
+    pool = min(POOL, traffic.target.spec.max_positions)
     with MemoryEngine.open(
         traffic.target.folder,
         folder / "store",
-        decoder=DecoderConfig(dtype=traffic.dtype, pool_tokens=min(POOL, traffic.target.spec.max_positions)),
+        # What is watched is splicing, which each request does anew.
+        decoder=DecoderConfig(dtype=traffic.dtype, pool_tokens=pool, share_spliced=False),
         memory=MemoryConfig(max_memories=traffic.taken, min_score=0.0, host_bytes=traffic.held),
         embedder=chosen,
     ) as engine:
+        engine.operator.weights = NEAREST
         yield Bed(traffic, engine, chosen, tell)

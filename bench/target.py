@@ -16,7 +16,7 @@ from memos_engine.bench.options import Options
 
 from memos_engine.config import ConfigError
 from memos_engine.decoder.spec import ModelSpec
-from memos_engine.decoder.weights import expected_shapes
+from memos_engine.decoder.weights import Weights, expected_shapes
 from memos_engine.errors import MemosEngineError
 from memos_engine.models import resolve
 
@@ -79,6 +79,23 @@ def open_target(options: Options) -> Iterator[Target]:
         config = _config(name)
         (folder / "config.json").write_text(json.dumps(config))
         yield Target(f"{name} (random weights)", folder, ModelSpec.from_dict(config), name)
+
+
+def random_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Weights:
+    """Weights of this spec, normal with sigma 0.02 and always the same ones; in one piece of memory, so that
+    q, k, v and gate, up are one product each."""
+    expected = expected_shapes(spec)
+    arena = torch.empty(sum(map(math.prod, expected.values())), dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    tensors, at = {}, 0
+    for name, shape in expected.items():
+        part = tensors[name] = arena[at : at + math.prod(shape)].view(shape)
+        at += math.prod(shape)
+        if len(shape) == 1:
+            part.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            part.normal_(0.0, 0.02, generator=generator)
+    return Weights(tensors, spec)
 
 
 def check_fits(target: Target, dtype: str, tokens: int, processes: int, device: str) -> None:

@@ -22,6 +22,7 @@ from memos_engine.bench.target import open_target
 from memos_engine.bench.workload import Workload, Workloads
 
 OWN_MODES = ("full", "prefix", "splice", REFINE, "query_only")
+# "pages": records go into pages anew for each request; the workers share no spliced pages.
 REUSE = {"full": "none", "prefix": "prefix", "splice": "pages", REFINE: "pages", "query_only": "none"}
 SHARE = {"full": 1.0, "splice": 0.0, REFINE: REFINED}
 WARMUP = 2

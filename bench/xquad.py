@@ -81,7 +81,7 @@ def load(name: str, data: Path | None) -> Dataset:
 
     Folders tried: `data`, else the environment variable, else `../shared/datasets` beside a checkout.
     """
-    path = _find(name, data)
+    path = find(name, data)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         articles = (as_squad(raw) if isinstance(raw, list) else raw)["data"]
@@ -103,7 +103,8 @@ def load(name: str, data: Path | None) -> Dataset:
     return Dataset(tuple(paragraphs), tuple(questions))
 
 
-def _find(name: str, data: Path | None) -> Path:
+def find(name: str, data: Path | None) -> Path:
+    """The set's JSON file; DatasetError says where it was looked for."""
     variable = os.environ.get(DATA_VARIABLE)
     if data is not None:
         folders = [data]
@@ -135,16 +136,7 @@ def prompts(
     the questions are the same for every number of memories."""
     if memories > len(dataset.paragraphs):
         raise ConfigError(f"memories {memories}: the set has {len(dataset.paragraphs)} paragraphs.")
-    marks = len(layout.memory("x")) - 1
-    cut = [
-        passages(
-            text,
-            [(q.start, q.end) for q in dataset.questions if q.paragraph == number],
-            MEMORY_TOKENS // memories,
-            lambda piece: len(layout.memory(piece)) - marks,
-        )
-        for number, text in enumerate(dataset.paragraphs)
-    ]
+    cut = _cut(dataset, layout, memories)
     chosen = list(range(len(dataset.questions)))
     random.Random(f"questions/{options.seed}").shuffle(chosen)
     out = []
@@ -162,6 +154,26 @@ def prompts(
         query = layout.query(question.text)
         out.append(Prompt(index, key, spans, order.index(0), query, question.answers))
     return out
+
+
+def memory_spans(dataset: Dataset, layout: PromptLayout, memories: int) -> list[tuple[int, ...]]:
+    """All memories that prompts of so many can hold, in the set's order: what their owner keeps."""
+    cut = zip(dataset.paragraphs, _cut(dataset, layout, memories), strict=True)
+    return [layout.memory(text[start:end]) for text, ranges in cut for start, end in ranges]
+
+
+def _cut(dataset: Dataset, layout: PromptLayout, memories: int) -> list[list[tuple[int, int]]]:
+    """Each paragraph's passages, as character ranges."""
+    marks = len(layout.memory("x")) - 1
+    return [
+        passages(
+            text,
+            [(q.start, q.end) for q in dataset.questions if q.paragraph == number],
+            MEMORY_TOKENS // memories,
+            lambda piece: len(layout.memory(piece)) - marks,
+        )
+        for number, text in enumerate(dataset.paragraphs)
+    ]
 
 
 def passages(

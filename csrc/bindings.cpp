@@ -29,7 +29,8 @@ int py_paged_attention(Address q, Address out, Address lse, Address k, Address v
                        Size tokens, Size requests, Size heads, Size kv_heads, Size head_dim, Size blocks,
                        Size page, Size max_blocks, Size table_stride, Size q_token, Size q_head,
                        Size out_token, Size out_head, Size k_block, Size k_token, Size k_head, Size v_block,
-                       Size v_token, Size v_head, Size window, float sm_scale, int threads) {
+                       Size v_token, Size v_head, Size window, float sm_scale, Address k_scale,
+                       Address v_scale, int threads) {
     const Attention args = {at<void>(q),
                             at<void>(out),
                             at<float>(lse),
@@ -61,7 +62,9 @@ int py_paged_attention(Address q, Address out, Address lse, Address k, Address v
                             v_token,
                             v_head,
                             window,
-                            sm_scale};
+                            sm_scale,
+                            at<float>(k_scale),
+                            at<float>(v_scale)};
     return unlocked([&] { return paged_attention(args, threads); });
 }
 
@@ -69,7 +72,7 @@ int py_attention_probe(Address q, Address k, Address query_start, Address q_pos,
                        Address key_pos, Address key_start, Address weight, Address scores, int q_dtype,
                        int kv_dtype, Size tokens, Size requests, Size keys, Size heads, Size kv_heads,
                        Size head_dim, Size blocks, Size page, Size q_token, Size q_head, Size k_block,
-                       Size k_token, Size k_head, Size window, float sm_scale, int threads) {
+                       Size k_token, Size k_head, Size window, float sm_scale, Address k_scale, int threads) {
     const Probe args = {at<void>(q),
                         at<void>(k),
                         at<int32_t>(query_start),
@@ -96,7 +99,8 @@ int py_attention_probe(Address q, Address k, Address query_start, Address q_pos,
                         k_token,
                         k_head,
                         window,
-                        sm_scale};
+                        sm_scale,
+                        at<float>(k_scale)};
     return unlocked([&] { return attention_probe(args, threads); });
 }
 
@@ -224,7 +228,9 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<Stack>(m, "Stack")
         .def(py::init([](Address final_norm, int dtype, int norm_dtype, Size hidden, Size inner, Size heads,
                          Size kv_heads, Size head_dim, float eps, float sm_scale, Address k_pages,
-                         Address v_pages, Size blocks, Size page, const std::vector<Size>& strides) {
+                         Address v_pages, Size blocks, Size page, const std::vector<Size>& strides,
+                         int page_dtype, Address k_scale, Address v_scale, Size k_scale_layer,
+                         Size v_scale_layer) {
             return Stack{{},
                          at<void>(final_norm),
                          static_cast<DType>(dtype),
@@ -247,7 +253,12 @@ PYBIND11_MODULE(_cpu, m) {
                          strides.at(4),
                          strides.at(5),
                          strides.at(6),
-                         strides.at(7)};
+                         strides.at(7),
+                         static_cast<DType>(page_dtype),
+                         at<float>(k_scale),
+                         at<float>(v_scale),
+                         k_scale_layer,
+                         v_scale_layer};
         }))
         .def("add_layer",
              [](Stack& s, const std::vector<Address>& pointers, Size max_position, Size rotary_dim,

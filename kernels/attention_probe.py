@@ -40,17 +40,22 @@ def probe_kernel(
     k_block,
     k_slot,
     k_head,
+    k_page_scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
     DOT: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (blocks of BLOCK_N keys, as `first_place` deals them out). scale: sm_scale * log2(e)."""
+    """Grid (blocks of BLOCK_N keys, as `first_place` deals them out). scale: sm_scale * log2(e).
+
+    SCALED: pages are int8; k_page_scale `[blocks, page, kv_heads]`, contiguous.
+    """
     place = tl.program_id(0)
     request = find_request(key_start, requests, place, BLOCK_N, 0)
     key_end = tl.load(key_start + request + 1)
@@ -72,6 +77,10 @@ def probe_kernel(
     for kv_head in range(KV_HEADS):
         k_at = (k_row + kv_head * k_head)[None, :] + channel[:, None]
         keys = tl.load(k_at, mask=inside[:, None] & there[None, :], other=0.0).to(DOT)
+        key_scale = scale
+        if SCALED:
+            of_key = tl.load(k_page_scale + slot * KV_HEADS + kv_head, mask=there, other=0.0)
+            key_scale = (of_key * scale)[None, :]
         paid = tl.zeros([BLOCK_N], tl.float32)
         for start in range(0, rows, BLOCK_M):
             packed = start + tl.arange(0, BLOCK_M)
@@ -84,7 +93,7 @@ def probe_kernel(
             live = base > float("-inf")
             q_at = q + token[:, None] * q_token + head[:, None] * q_head + channel[None, :]
             query = tl.load(q_at, mask=live[:, None] & inside[None, :], other=0.0).to(DOT)
-            x = tl.dot(query, keys, input_precision="ieee") * scale - base[:, None] * log2e
+            x = tl.dot(query, keys, input_precision="ieee") * key_scale - base[:, None] * log2e
             visible = (key_at[None, :] <= position[:, None]) & live[:, None]
             if WINDOW > 0:
                 visible = visible & (key_at[None, :] > position[:, None] - WINDOW)
@@ -111,6 +120,7 @@ def attention_probe(
     scores: Tensor,
     sm_scale: float,
     window: int = 0,
+    k_page_scale: Tensor | None = None,
 ) -> None:
     """As `ops.attention_probe`. Nothing here reads a tensor's values: a CUDA graph can capture it."""
     (tokens, heads, dim), (_, page, kv_heads, _) = q.shape, k_pages.shape
@@ -118,14 +128,15 @@ def attention_probe(
     if tokens == 0 or requests == 0 or keys == 0:
         return
     # Triton's interpreter, which runs CPU tensors, cannot multiply bfloat16.
-    fast = (
-        q.dtype == k_pages.dtype and q.dtype in _DOT and (q.device.type != "cpu" or q.dtype == torch.float16)
-    )
+    # What int8 holds is exact in either short float.
+    same = k_pages.dtype in (q.dtype, torch.int8)
+    fast = same and q.dtype in _DOT and (q.device.type != "cpu" or q.dtype == torch.float16)
     dot, block_d = _DOT[q.dtype] if fast else tl.float32, max(16, triton.next_power_of_2(dim))
     block_n = 32  # keys: small, as their blocks alone fill the GPU
     probe_kernel[(keys // block_n + requests,)](
         q, k_pages, query_start, q_pos, lse, key_slots, key_pos, key_start, weight, scores,
         requests, sm_scale * _LOG2E, _LOG2E, *q.stride()[:2], *k_pages.stride()[:3],
+        lse if k_page_scale is None else k_page_scale, SCALED=k_page_scale is not None,
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, PAGE=page, WINDOW=window, DOT=dot,
         BLOCK_M=32 if block_d > 64 or not fast else 64, BLOCK_N=block_n, BLOCK_D=block_d, num_stages=2,
     )  # fmt: skip

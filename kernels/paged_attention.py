@@ -87,6 +87,8 @@ def attend_kernel(
     table_request,
     out_token,
     out_head,
+    k_page_scale,
+    v_page_scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -94,6 +96,7 @@ def attend_kernel(
     WINDOW: tl.constexpr,
     LSE: tl.constexpr,
     DOT: tl.constexpr,
+    SCALED: tl.constexpr,
     FEWEST_ROWS: tl.constexpr,
     MOST_ROWS: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -107,7 +110,8 @@ def attend_kernel(
 
     scale: sm_scale * log2(e). DOT: the dtype of the matrix products' operands. `parts`, `tops`, `sums`
     (float32; `[rows, heads, SEGMENTS, BLOCK_D]` and twice `[rows, heads, SEGMENTS]`) take what the segments
-    found where there are several.
+    found where there are several. SCALED: pages are int8; k_page_scale and v_page_scale are `[blocks, page,
+    kv_heads]`, contiguous.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     MOST_TILES: tl.constexpr = (MOST_ROWS + BLOCK_Q - 1) // BLOCK_Q
@@ -164,6 +168,9 @@ def attend_kernel(
         k_at = k_pages + (block * k_block + slot * k_slot + kv_head * k_head)[None, :] + channel[:, None]
         keys = tl.load(k_at, mask=inside[:, None] & there[None, :], other=0.0).to(DOT)
         scores = tl.dot(query, keys, input_precision="ieee") * scale
+        scale_at = (block * PAGE + slot) * KV_HEADS + kv_head
+        if SCALED:
+            scores = scores * tl.load(k_page_scale + scale_at, mask=there, other=0.0)[None, :]
         visible = (key[None, :] <= position[:, None]) & there[None, :]
         if WINDOW > 0:
             visible = visible & (key[None, :] > position[:, None] - WINDOW)
@@ -173,7 +180,11 @@ def attend_kernel(
         weights = tl.exp2(scores - base[:, None])
         decay = tl.exp2(top - base)
         v_at = v_pages + (block * v_block + slot * v_slot + kv_head * v_head)[:, None] + channel[None, :]
-        values = tl.load(v_at, mask=there[:, None] & inside[None, :], other=0.0).to(DOT)
+        values = tl.load(v_at, mask=there[:, None] & inside[None, :], other=0.0)
+        if SCALED:  # not folded into the weights: their product may be too small for a float16
+            of_key = tl.load(v_page_scale + scale_at, mask=there, other=0.0)
+            values = values.to(tl.float32) * of_key[:, None]
+        values = values.to(DOT)
         total = total * decay + tl.sum(weights, axis=1)
         acc = acc * decay[:, None] + tl.dot(weights.to(DOT), values, input_precision="ieee")
         top = new_top

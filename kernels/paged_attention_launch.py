@@ -51,6 +51,8 @@ def paged_attention(
     lse: Tensor | None = None,
     max_query_len: int | None = None,
     dense: bool = False,
+    k_page_scale: Tensor | None = None,
+    v_page_scale: Tensor | None = None,
     shapes: tuple[Shape, ...] = SHAPES,
 ) -> Tensor:
     """As `ops.backend.Backend.paged_attention`. max_query_len saves launches that would find nothing to do;
@@ -62,9 +64,9 @@ def paged_attention(
         return out
     group, block_d = heads // kv_heads, max(16, triton.next_power_of_2(dim))
     # Triton's interpreter, which runs CPU tensors, cannot multiply bfloat16.
-    fast = (
-        q.dtype == k_pages.dtype and q.dtype in _DOT and (q.device.type != "cpu" or q.dtype == torch.float16)
-    )
+    # What int8 holds is exact in either short float.
+    same = k_pages.dtype in (q.dtype, torch.int8)
+    fast = same and q.dtype in _DOT and (q.device.type != "cpu" or q.dtype == torch.float16)
     dot = _DOT[q.dtype] if fast else tl.float32
     common = {"KV_HEADS": kv_heads, "GROUP": group, "DIM": dim, "WINDOW": window, "LSE": lse is not None}
     for shape, fewest in choose(shapes, requests, min(max_query_len or tokens, tokens)):
@@ -83,8 +85,10 @@ def paged_attention(
             out, out if lse is None else lse, parts, tops, sums, requests, sm_scale * math.log2(math.e),
             *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
             block_table.stride(0), *out.stride()[:2],
-            **common, **cut, PAGE=k_pages.shape[1], DOT=dot, BLOCK_N=_block_n(block_d, dot),
-            num_warps=8 if dot is tl.float32 else shape.warps, num_stages=2,
+            out if k_page_scale is None else k_page_scale,
+            out if v_page_scale is None else v_page_scale,
+            **common, **cut, PAGE=k_pages.shape[1], DOT=dot, SCALED=k_page_scale is not None,
+            BLOCK_N=_block_n(block_d, dot), num_warps=8 if dot is tl.float32 else shape.warps, num_stages=2,
         )  # fmt: skip
         if scratch:
             join_kernel[(scratch, heads)](

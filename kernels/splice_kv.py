@@ -48,17 +48,22 @@ def splice_kernel(
     vs_layer,
     vs_token,
     vs_head,
+    k_page_scale,
+    v_page_scale,
+    kps_layer,
+    vps_layer,
     PAGE: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     SCALED: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     GROUP_TOKENS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """SCALED: sources are int8; GROUP_TOKENS of a record share a row of k_scale."""
+    """SCALED: sources are int8; GROUP_TOKENS of a record share a row of k_scale. QUANTIZED: pages are."""
     token = tl.program_id(0).to(tl.int64)
     layer = tl.program_id(1).to(tl.int64)
     slot = tl.load(slot_mapping + token)
@@ -70,7 +75,8 @@ def splice_kernel(
             k_token, k_head, v_token, v_head, kp_block, kp_token, kp_head, vp_block, vp_token, vp_head, token,
             k_scale + layer * ks_layer + (first_token + token) // GROUP_TOKENS * ks_group,
             v_scale + layer * vs_layer + token * vs_token, ks_head, vs_head,
-            PAGE, HEADS, DIM, HALF, INTERLEAVED, SCALED, BLOCK_H, BLOCK_D,
+            k_page_scale + layer * kps_layer, v_page_scale + layer * vps_layer,
+            PAGE, HEADS, DIM, HALF, INTERLEAVED, SCALED, QUANTIZED, BLOCK_H, BLOCK_D,
         )  # fmt: skip
 
 
@@ -86,10 +92,12 @@ def splice_kv(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     first_token: int = 0,
+    k_page_scale: Tensor | None = None,
+    v_page_scale: Tensor | None = None,
 ) -> None:
     """`src [layers, tokens, kv_heads, head_dim]` into `[layers, blocks, page, kv_heads, head_dim]`.
 
-    With scales src is int8, as in `ops.splice_kv`.
+    With scales src is int8, with scales of pages these are, as in `ops.splice_kv`.
     """
     layers, tokens, heads, dim = src_k.shape
     if layers == 0 or tokens == 0:
@@ -112,12 +120,17 @@ def splice_kv(
         *v_pages.stride()[:4],
         *((0, 0, 0) if k_scale is None else k_scale.stride()[:3]),
         *((0, 0, 0) if v_scale is None else v_scale.stride()),
+        nothing if k_page_scale is None else k_page_scale,
+        nothing if v_page_scale is None else v_page_scale,
+        0 if k_page_scale is None else k_page_scale.stride(0),
+        0 if v_page_scale is None else v_page_scale.stride(0),
         PAGE=k_pages.shape[2],
         HEADS=heads,
         DIM=dim,
         HALF=0 if cos_sin is None else cos_sin.shape[1] // 2,
         INTERLEAVED=interleaved,
         SCALED=k_scale is not None,
+        QUANTIZED=k_page_scale is not None,
         GROUP_TOKENS=GROUP,
         BLOCK_H=triton.next_power_of_2(heads),
         BLOCK_D=triton.next_power_of_2(dim),

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 
 from memos_engine.config import MemoryConfig
+from memos_engine.contexts import LeftContext, LeftContexts
 from memos_engine.decoder.averaging import encode_averaged
 from memos_engine.decoder.engine import DecoderEngine
 from memos_engine.decoder.identity import RecordIdentity, ids_digest
@@ -31,8 +29,8 @@ from memos_engine.memory.cube import MemCube
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.store import MemoryStore
 from memos_engine.memory.vault import BlobRef
-from memos_engine.neutral import left_contexts
 from memos_engine.prompt import PromptLayout
+from memos_engine.tiers import RecordTiers
 
 log = logging.getLogger("memos_engine")
 
@@ -57,7 +55,7 @@ class StoredKV:
 
 
 class ActivationMemory:
-    """KV records of one model over one store, with a bounded host-memory tier in front of the vault."""
+    """KV records of one model over one store, with bounded tiers in front of the vault."""
 
     def __init__(
         self, decoder: DecoderEngine, layout: PromptLayout, store: MemoryStore, config: MemoryConfig
@@ -66,8 +64,8 @@ class ActivationMemory:
         self.layout = layout
         self.store = store
         self.config = config
-        self._host: OrderedDict[str, KVRecord] = OrderedDict()
-        self._lock = threading.Lock()
+        self.left = LeftContexts(layout, store, config.contexts)
+        self.tiers = RecordTiers.beside(decoder.runner.device, config)
         self._anchor: tuple[Weights, KVSpan] | None = None
         self._said = False  # that averages do not fit into the pool
 
@@ -90,8 +88,10 @@ class ActivationMemory:
 
     @property
     def model(self) -> str:
-        """Digest of what decides how well this model bears splicing: weights, layout and quantiser."""
-        parts = (self.decoder.runner.model.weights.digest, self.layout.digest, self.config.kv_dtype)
+        """Digest of what decides how well this model bears splicing: weights, layout, quantiser, and pages
+        where they are rounded."""
+        parts = [self.decoder.runner.model.weights.digest, self.layout.digest, self.config.kv_dtype]
+        parts += [] if self.decoder.config.page_dtype == "auto" else [self.decoder.kv_dtype]
         return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
 
     def turn(self, off: str | None) -> None:
@@ -100,32 +100,29 @@ class ActivationMemory:
 
     # -- identity --------------------------------------------------------------------------------
 
-    @cached_property
-    def _contexts(self) -> list[tuple[tuple[int, ...], str]]:
-        """Left contexts (without the anchor) and digests of all that stands to the left with them."""
-        anchor = self.layout.anchor
-        return [(ids, ids_digest((*anchor, *ids))) for ids in left_contexts(self.layout)]
+    def _room(self, tokens: int) -> int:
+        """Tokens that a left context may have before a span of so many in the model's window."""
+        return self.decoder.spec.max_positions - len(self.layout.anchor) - tokens - 1
 
-    def contexts(self, tokens: int) -> list[tuple[tuple[int, ...], str]]:
-        """Those that leave room for a span of so many tokens in the model's window."""
-        room = self.decoder.spec.max_positions - len(self.layout.anchor) - tokens
-        return [context for context in self._contexts if len(context[0]) < room]
-
-    def identities(self, principal: Principal, token_ids: tuple[int, ...]) -> dict[str, RecordIdentity]:
-        """The identity that each form's record of this span must have here and now."""
+    def identities(
+        self, principal: Principal, cube_id: str, token_ids: tuple[int, ...]
+    ) -> dict[str, RecordIdentity]:
+        """The identity that each form's record of this memory's span must have here and now."""
         anchor = ids_digest(self.layout.anchor)
         anchored = RecordIdentity(
             weights=self.decoder.runner.model.weights.digest,
             tokenizer=self.layout.digest,
             geometry=self.decoder.spec.geometry(),
-            dtype=str(self.decoder.runner.cache.k.dtype),
+            dtype=self.decoder.kv_dtype,
             anchor=anchor,
             left_contexts=(anchor,),
             tokens=ids_digest(token_ids),
             tenant_salt=self.salt(principal),
             quantizer=INT8 if self._int8 else "none",
         )
-        left = tuple(digest for _, digest in self.contexts(len(token_ids)))
+        left = tuple(
+            context.digest for context in self.left.of(principal, cube_id, self._room(len(token_ids)))
+        )
         return {ANCHORED: anchored} | ({AVERAGED: replace(anchored, left_contexts=left)} if left else {})
 
     # -- use -------------------------------------------------------------------------------------
@@ -136,12 +133,12 @@ class ActivationMemory:
         if off is not None:
             return StoredKV({}, f"splicing is turned off for this model: {off}")
         records = {}
-        identities = self.identities(principal, token_ids)
+        identities = self.identities(principal, cube.id, token_ids)
         for form, identity in identities.items():
             key = identity.digest()
             blob = self.store.find_kv(principal, cube.id, key)
             if blob is None:
-                self._take(key)  # ended elsewhere: nothing of it stays here
+                self.tiers.drop(key)  # ended elsewhere: nothing of it stays here
             else:
                 records[form] = (identity, blob)
         if records:
@@ -151,21 +148,21 @@ class ActivationMemory:
         return StoredKV({}, "no KV stored yet")
 
     def load(self, stored: StoredKV, form: str) -> KVRecord:
-        """A record from host memory or the vault, verified.
+        """A record from the tiers or the vault, verified.
 
         Raises PayloadError; the record is then audited and dropped, so that it is built afresh.
         """
         identity, blob = stored.records[form]
         key = identity.digest()
-        record = self._take(key)
-        if record is None:
-            try:
-                record = decode_record(self.store.vault.read(blob), identity)
-            except PayloadError as error:
-                self.store.drop_kv(key, error.reason)
-                raise
-        self._keep(key, record)
-        return record
+        record = self.tiers.get(key)
+        if record is not None:
+            return record
+        try:
+            record = decode_record(self.store.vault.read(blob), identity)
+        except PayloadError as error:
+            self.store.drop_kv(key, error.reason)
+            raise
+        return self.tiers.put(key, record)
 
     # -- building --------------------------------------------------------------------------------
 
@@ -174,29 +171,31 @@ class ActivationMemory:
         them. Returns how many memories got any; none where splicing is turned off."""
         if self.store.splicing_off(self.model) is not None:
             return 0
-        lacking: dict[str, list[Missing]] = {ANCHORED: [], AVERAGED: []}
+        self.left.refresh(principal)
+        built = set()
+        lacking: dict[tuple[LeftContext, ...], list[Missing]] = {}  # averages, by what they are made behind
         for cube in cubes:
             ids = () if cube.body is None else self.layout.memory(cube.body)
-            for form, identity in (self.identities(principal, ids) if ids else {}).items():
-                if self.store.find_kv(principal, cube.id, identity.digest()) is None:
-                    lacking[form].append((cube, ids, identity))
-        built = set()
-        for cube, ids, identity in lacking[ANCHORED]:
-            k, v = self.decoder.encode_span(self.layout.anchor, ids)
-            self._put(principal, cube, KVRecord(k, v, ids, "", identity.anchor), identity)
-            built.add(cube.id)
-        alike: dict[tuple[str, ...], list[Missing]] = {}
-        for item in lacking[AVERAGED]:
-            alike.setdefault(item[2].left_contexts, []).append(item)
-        for group in alike.values():
-            built |= self._build_averaged(principal, group)
+            for form, identity in (self.identities(principal, cube.id, ids) if ids else {}).items():
+                if self.store.find_kv(principal, cube.id, identity.digest()) is not None:
+                    continue
+                if form == AVERAGED:
+                    contexts = tuple(self.left.of(principal, cube.id, self._room(len(ids))))
+                    lacking.setdefault(contexts, []).append((cube, ids, identity))
+                    continue
+                k, v = self.decoder.encode_span(self.layout.anchor, ids)
+                self._put(principal, cube, KVRecord(k, v, ids, "", identity.anchor), identity)
+                built.add(cube.id)
+        for contexts, group in lacking.items():
+            built |= self._build_averaged(principal, contexts, group)
         return len(built)
 
-    def _build_averaged(self, principal: Principal, group: Sequence[Missing]) -> set[str]:
+    def _build_averaged(
+        self, principal: Principal, contexts: Sequence[LeftContext], group: Sequence[Missing]
+    ) -> set[str]:
         """For memories that take the same left contexts. A pool that is too small for one leaves them out."""
-        spans = [ids for _, ids, _ in group]
-        contexts = [ids for ids, _ in self.contexts(max(map(len, spans)))]
-        needed = len(self.layout.anchor) + max(map(len, contexts)) + max(map(len, spans))
+        spans, left = [ids for _, ids, _ in group], [context.token_ids for context in contexts]
+        needed = len(self.layout.anchor) + max(map(len, left)) + max(map(len, spans))
         if needed >= self.decoder.pool_tokens:
             if not self._said:
                 log.warning(
@@ -208,40 +207,36 @@ class ActivationMemory:
             self._said = True
             return set()
         try:
-            averages = encode_averaged(self.decoder, self.layout.anchor, spans, contexts)
+            averages = encode_averaged(self.decoder, self.layout.anchor, spans, left)
         except OutOfPagesError as error:  # requests under way hold the pages; another reply will try again
             log.debug("memos_engine: no averaged KV was made now: %s", error)
             return set()
+        sources = sorted(frozenset().union(*(context.sources for context in contexts)))
         for (cube, ids, identity), made in zip(group, averages, strict=True):
             record = KVRecord(made.k, made.v, ids, "", "", made.sigma_v.to(torch.float16), made.rank)
-            self._put(principal, cube, record, identity)
+            self._put(principal, cube, record, identity, sources)
+            former = tuple(c.digest for c in self.left.former(principal, cube.id, self._room(len(ids))))
+            if former and former != identity.left_contexts:
+                self.store.drop_kv(replace(identity, left_contexts=former).digest(), "made anew")
         return {cube.id for cube, _, _ in group}
 
-    def _put(self, principal: Principal, cube: MemCube, record: KVRecord, identity: RecordIdentity) -> None:
-        """Stores a record, and keeps it at hand: a memory is mostly built because it was just asked for."""
+    def _put(
+        self,
+        principal: Principal,
+        cube: MemCube,
+        record: KVRecord,
+        identity: RecordIdentity,
+        sources: Sequence[str] = (),
+    ) -> None:
+        """Stores a record, and keeps it at hand: a memory is mostly built because it was just asked for.
+        sources: the memories whose text it saw; it goes with any of them."""
         if self._int8:
             record = quantize_record(record)
         key = identity.digest()
         blob = self.store.vault.write(encode_record(record, identity))
-        self.store.put_kv(principal, cube.id, cube.version, key, blob, record.num_tokens)
-        self._keep(key, replace(record, identity=key))
-
-    # -- the host tier ---------------------------------------------------------------------------
+        self.store.put_kv(principal, cube.id, cube.version, key, blob, record.num_tokens, sources)
+        self.tiers.put(key, replace(record, identity=key))
 
     def evict(self) -> None:
-        """Empties the host tier."""
-        with self._lock:
-            self._host.clear()
-
-    def _take(self, key: str) -> KVRecord | None:
-        with self._lock:
-            return self._host.pop(key, None)
-
-    def _keep(self, key: str, record: KVRecord) -> None:
-        most = self.config.host_bytes
-        if record.nbytes > most:
-            return
-        with self._lock:
-            self._host[key] = record
-            while sum(r.nbytes for r in self._host.values()) > most:
-                self._host.popitem(last=False)
+        """Empties the tiers: what is needed again is read from the vault."""
+        self.tiers.clear()

@@ -247,7 +247,7 @@ class MemoryEngine:
             except MemoryNotFoundError:  # deleted since it was found
                 continue
             stored[cube.id] = found
-            inputs.append(plan_input(cube.id, candidate.score, len(texts[cube.id]), found, exact))
+            inputs.append(plan_input(candidate, len(texts[cube.id]), found, exact))
         fits = min(self.decoder.spec.max_positions, self.decoder.pool_tokens) - 1
         window = fits - len(head) - len(tail) - behind
         if window < 0:

@@ -10,6 +10,8 @@ from memos_engine.errors import MemosEngineError
 DTYPES = ("auto", "float32", "bfloat16")
 FORMS = ("auto", "text", "kv", "none")
 KV_DTYPES = ("auto", "int8")
+CONTEXTS = ("auto", "own", "neutral")
+PAGE_DTYPES = ("auto", "int8")
 SELECTIONS = ("attention", "rank")
 # Chosen on invented facts, apart from the demo's: of 48 questions SmolLM2-135M answers 34 from memories as
 # text, against 26 with its template's own prompt, and splicing loses none of them (against 9).
@@ -31,24 +33,29 @@ def _require(condition: bool, message: str) -> None:
 class DecoderConfig:
     """How the decoder runs.
 
-    dtype: compute and page dtype; auto takes bfloat16 where the machine computes in it, else float32.
+    dtype: compute dtype; auto takes bfloat16 where the machine computes in it, else float32. page_dtype: auto
+    for the same, or int8 with a scale for each token and head: half of bfloat16's bytes, for a small loss.
     page: tokens a KV page holds. pool_tokens: KV pool size in tokens (None: the model's window, at most
     4096). max_batch: most requests that run at once. prefill_chunk: most prompt rows of one forward;
     prefill_beside: the same where other requests decode in it, and wait for it. int8_decode: steps of up to 8
     rows, and the output head, read weights rounded to 8 bits, beside the whole ones: faster on a CPU, for
     half the weights' memory and a small loss (docs/benchmarks.md); elsewhere it changes nothing.
+    share_spliced: requests that splice the same records to the same positions share those pages.
     """
 
     dtype: str = "auto"
+    page_dtype: str = "auto"
     page: int = 16
     pool_tokens: int | None = None
     prefill_chunk: int = 1024
     prefill_beside: int = 256
     max_batch: int = 32
     int8_decode: bool = False
+    share_spliced: bool = True
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, f"dtype={self.dtype!r}: use one of {', '.join(DTYPES)}.")
+        _require(self.page_dtype in PAGE_DTYPES, f"page_dtype={self.page_dtype!r}: auto or int8.")
         _require(self.page >= 1, f"page={self.page}: a page holds at least one token (16 is usual).")
         _require(self.pool_tokens is None or self.pool_tokens >= self.page, "pool_tokens: at least one page.")
         _require(self.prefill_chunk >= 1, "prefill_chunk: at least one token.")
@@ -128,9 +135,11 @@ class MemoryConfig:
     their tokens to compute again, from 0 (fastest) to 1 (full prefill; docs/splicing.md). max_memories: most
     memories of one request. min_score: cosine below which a memory is left out. build: make missing KV
     records after the reply, off the request's path. kv_dtype: how KV is stored, in the model's dtype (auto)
-    or as int8, at about half the bytes of bfloat16. host_bytes: records kept in host memory. canary: share of
-    requests that are run again as full prefill, after the reply; where the first token is more than canary_kl
-    nats away in the mean, splicing is turned off for the model.
+    or as int8, at about half the bytes of bfloat16. contexts: what stands to the left of a memory while its
+    KV for other slots than the first is made: the owner's own memories, neutral statements, or auto: own
+    where there are at least 32. host_bytes: records kept in host memory. device_bytes: the same on a CUDA
+    device, in front of it. canary: share of requests that are run again as full prefill, after the reply;
+    where the first token is more than canary_kl nats away in the mean, splicing is turned off for the model.
     """
 
     form: str = "auto"
@@ -139,9 +148,11 @@ class MemoryConfig:
     min_score: float = 0.15
     build: bool = True
     kv_dtype: str = "auto"
+    contexts: str = "auto"
     canary: float = 0.0
     canary_kl: float = 0.25
     host_bytes: int = 128 << 20
+    device_bytes: int = 512 << 20
 
     def __post_init__(self) -> None:
         _require(self.form in FORMS, f"form={self.form!r}: use one of {', '.join(FORMS)}.")
@@ -151,6 +162,8 @@ class MemoryConfig:
         _require(
             self.kv_dtype in KV_DTYPES, f"kv_dtype={self.kv_dtype!r}: use one of {', '.join(KV_DTYPES)}."
         )
+        _require(self.contexts in CONTEXTS, f"contexts={self.contexts!r}: use one of {', '.join(CONTEXTS)}.")
         _require(0 <= self.canary <= 1, f"canary={self.canary}: a share of requests, between 0 and 1.")
         _require(self.canary_kl > 0, f"canary_kl={self.canary_kl}: nats, more than 0.")
         _require(self.host_bytes >= 0, "host_bytes: must not be negative.")
+        _require(self.device_bytes >= 0, "device_bytes: must not be negative.")

@@ -10,10 +10,11 @@ from dataclasses import replace
 from memos_engine.activation import ANCHORED, ActivationMemory, StoredKV
 from memos_engine.decoder.record import KVRecord
 from memos_engine.errors import PayloadError
+from memos_engine.memory.operator import Candidate
 from memos_engine.memory.scheduler import KVAvailability, MemScheduler, Plan, PlanInput, PlanRequest
 
 
-def plan_input(cube_id: str, score: float, tokens: int, stored: StoredKV, exact: bool) -> PlanInput:
+def plan_input(found: Candidate, tokens: int, stored: StoredKV, exact: bool) -> PlanInput:
     """A candidate of `tokens` tokens for the scheduler. exact: slot 0 stands right behind the anchor."""
     kv = KVAvailability(
         bool(stored.records),
@@ -21,7 +22,7 @@ def plan_input(cube_id: str, score: float, tokens: int, stored: StoredKV, exact:
         exact_in_slot0=exact and ANCHORED in stored.records,
         reason=stored.reason,
     )
-    return PlanInput(cube_id, score, tokens, kv)
+    return PlanInput(found.cube.id, found.score, tokens, kv, found.relevance)
 
 
 def plan_with_records(

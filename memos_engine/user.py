@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from memos_engine.config import SamplingParams
 from memos_engine.errors import MemoryInputError, StoreError
 from memos_engine.memory.cube import MemCube, validate_text
+from memos_engine.memory.filters import Filters
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import Candidate
 from memos_engine.memory.store import HistoryEntry
@@ -29,8 +31,20 @@ class UserMemory:
         self.engine = engine
         self.principal = principal
 
-    def remember(self, text: str, tags: Sequence[str] = (), idempotency_key: str | None = None) -> MemCube:
-        """Stores a memory as text; its KV record is built later, when it is first used or by `warm`."""
+    def remember(
+        self,
+        text: str,
+        tags: Sequence[str] = (),
+        idempotency_key: str | None = None,
+        *,
+        session: str | None = None,
+        valid_from: datetime | None = None,
+    ) -> MemCube:
+        """Stores a memory as text; its KV record is built later, when it is first used or by `warm`.
+
+        session: the conversation it is from; what was remembered just before it there helps to find it.
+        valid_from: since when it holds (default: now), for questions that name a time.
+        """
         engine = self.engine
         text = validate_text(text)
         tokens = len(engine.layout.memory(text))
@@ -40,11 +54,21 @@ class UserMemory:
                 f"This memory has {tokens} tokens; at most {room} (half the context) fit beside a question. "
                 "Split it into parts."
             )
-        return engine.operator.remember(self.principal, text, tags=tags, idempotency_key=idempotency_key)
+        return engine.operator.remember(
+            self.principal,
+            text,
+            tags=tags,
+            idempotency_key=idempotency_key,
+            session=session,
+            valid_from=valid_from,
+        )
 
-    def recall(self, query: str, k: int = 8) -> list[Candidate]:
-        """The k memories nearest to the query, best first."""
-        return self.engine.operator.recall(self.principal, validate_text(query), k=k)
+    def recall(
+        self, query: str, k: int = 8, *, filters: Filters | None = None, explain: bool = False
+    ) -> list[Candidate]:
+        """The k memories that fit the query best, best first; explain: each says why."""
+        operator = self.engine.operator
+        return operator.recall(self.principal, validate_text(query), k=k, filters=filters, explain=explain)
 
     def memories(self) -> list[MemCube]:
         """All live memories, oldest first."""

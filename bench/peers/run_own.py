@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from memos_engine.bench.limits import REFINE, REFINED
+from memos_engine.bench.target import random_weights as random_weights_of
 from serve import Unsupported, now_ms, serve
 
 import memos_engine
@@ -18,7 +19,7 @@ from memos_engine.decoder.identity import ids_digest
 from memos_engine.decoder.record import KVRecord
 from memos_engine.decoder.sequence import KVSpan, Span, TextSpan
 from memos_engine.decoder.spec import ModelSpec
-from memos_engine.decoder.weights import Weights, expected_shapes
+from memos_engine.decoder.weights import Weights
 
 Ids = tuple[int, ...]
 _ONCE = SamplingParams(max_new_tokens=1)
@@ -39,9 +40,11 @@ class Worker:
                 moved = {name: tensor.to(device) for name, tensor in weights.tensors.items()}
                 weights = Weights(moved, spec)
         else:
-            weights = random_tensors(spec, kind, device)
+            weights = random_weights_of(spec, kind, torch.device(device))
         pool = min(max_tokens + 64, spec.max_positions)
-        self.engine = DecoderEngine(spec, weights, DecoderConfig(dtype=dtype, pool_tokens=pool))
+        # Each request splices anew: what is reused are records, not what an earlier request made of them.
+        config = DecoderConfig(dtype=dtype, pool_tokens=pool, share_spliced=False)
+        self.engine = DecoderEngine(spec, weights, config)
         self.folder = folder
         self.tokenizer: Any = None
         self._records: dict[tuple[Ids, Ids], KVRecord] = {}
@@ -195,24 +198,6 @@ class Worker:
             k, v = self.engine.encode_span(left, span)
             self._records[key] = KVRecord(k, v, span, "bench", ids_digest(left))
         return self._records[key]
-
-
-def random_tensors(spec: ModelSpec, dtype: torch.dtype, device: str) -> Weights:
-    """Weights of this spec, normal with sigma 0.02, in one piece of memory so that products can be fused."""
-    shapes = expected_shapes(spec)
-    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    flat = torch.empty(sum(sizes.values()), dtype=dtype, device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    tensors, start = {}, 0
-    for name, shape in shapes.items():
-        part = flat[start : start + sizes[name]]
-        if len(shape) == 1:
-            part.fill_(0.0 if name.endswith("bias") else 1.0)
-        else:
-            part.normal_(0.0, 0.02, generator=generator)
-        tensors[name] = part.view(shape)
-        start += sizes[name]
-    return Weights(tensors, spec)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from memos_engine.bench.report.values import (
+    CATEGORIES,
     METHODS,
     MODES,
+    RETRIEVERS,
     TIERS,
     Row,
     clean,
@@ -84,7 +86,9 @@ TITLES = {
     "kl_high": "KL, high end",
     "kl_p99": "KL, P99",
     "kl_token1": "KL, first token",
+    "kl_tokens": "KL, mean over tokens",
     "top1": "same top token",
+    "top1_tokens": "same top token, over tokens",
     "answer_f1": "answer F1",
     "answer_contains": "answer contains it",
     "build_ms": "build ms",
@@ -112,9 +116,24 @@ TITLES = {
     "host_share": "records from host memory",
     "vault_mb": "vault, MB",
     "rss_mb": "resident, MB",
+    "r_at_5": "R@5",
+    "r_at_10": "R@10",
+    "r_at_10_low": "R@10, low end",
+    "r_at_10_high": "R@10, high end",
+    "mrr": "MRR",
+    **{f"r_at_10_{name}": f"R@10, {words}" for name, words in CATEGORIES.items()},
 }
 SHARES = {
-    *("share_of_limit", "same_first_token", "met_share", "recompute", "top1", "reduction", "paper_reduction"),
+    *(
+        "share_of_limit",
+        "same_first_token",
+        "met_share",
+        "recompute",
+        "top1",
+        "top1_tokens",
+        "reduction",
+        "paper_reduction",
+    ),
     *("answer_contains", "difference", "excluded_share", "mean_recomputed", "kv_share", "host_share"),
 }
 
@@ -130,7 +149,12 @@ def cell(row: Row, key: str) -> Cell:
         share = key in SHARES and abs(value) <= 10
         return Cell(percent(value) if share else figure(value), numeric=True)
     text = clean(row.get(key), 120)
-    names: dict[str, dict[str, str]] = {"mode": MODES, "tier": TIERS, "method": METHODS}
+    names: dict[str, dict[str, str]] = {
+        "mode": MODES,
+        "tier": TIERS,
+        "method": METHODS,
+        "retriever": RETRIEVERS,
+    }
     if key == "system":
         return Cell(system_name(text) if text else "")
     return Cell(names.get(key, {}).get(text, text), tone=verdict_tone(text) if key == "verdict" else "")

@@ -33,8 +33,8 @@ ORDER = {
     "share_of_limit same_first_token n",
     "decode": "system scope dtype context batch ms_per_token_p50 ms_per_token_p95 tokens_per_s "
     "share_of_limit n",
-    "quality": "method memories recompute kl_mean kl_low kl_high kl_p99 kl_token1 top1 answer_f1 "
-    "answer_contains n",
+    "quality": "method memories recompute kl_mean kl_low kl_high kl_p99 kl_token1 kl_tokens top1 "
+    "top1_tokens answer_f1 answer_contains n",
     "kernels": "op shape dtype backend us_p50 us_p95 share_of_limit n",
     "roofline": "ceiling dtype rows value unit n",
     "load": "system mode traffic offered_per_s clients objective_ms requests goodput_per_s met_share "
@@ -44,6 +44,9 @@ ORDER = {
     "memory": "system dtype peak_mb model_mb pool_mb overhead_mb overhead_full_pool_mb spliced_tokens",
     "attach": "system mode dtype context call_ms_p50 call_ms_p95 n",
     "int8": "weights dtype nll nll_more nll_more_low nll_more_high kl_mean top1 n",
+    "retrieval": "dataset retriever r_at_5 r_at_10 r_at_10_low r_at_10_high mrr r_at_10_single_hop "
+    "r_at_10_temporal r_at_10_multi_hop r_at_10_open_domain r_at_10_adversarial search_ms_p50 "
+    "search_ms_p95 n",
     "steady": "part recompute dtype stored memories memory_tokens ttft_ms_p50 ttft_ms_p95 splice_ms_p50 "
     "fetch_ms_p50 prefix_tokens kv_share host_share records vault_mb rss_mb records_changed records_added "
     "records_written tokens_per_s n",

@@ -31,9 +31,24 @@ METHODS = {
     "random": "random choice",
     "first_k": "first tokens",
     "int8": "memos_engine, int8",
+    "neutral": "memos_engine, neutral contexts",
     "rank": "memos_engine, by rank",
     "anchored": "anchored records",
     "cacheblend": "V deviation",
+}
+RETRIEVERS = {
+    "bm25": "BM25",
+    "rrf": "RRF of BM25 and dense",
+    "memos_engine_words": "memos_engine, no embedder",
+    "memos_engine_shipped": "memos_engine, weights as shipped",
+    "memos_engine_words_shipped": "memos_engine, no embedder, weights as shipped",
+}
+CATEGORIES = {
+    "single_hop": "single hop",
+    "temporal": "temporal",
+    "multi_hop": "multi-hop",
+    "open_domain": "open domain",
+    "adversarial": "adversarial",
 }
 TIERS = {"host": "host memory", "device": "GPU memory", "disk-warm": "disk, warm", "disk-cold": "disk, cold"}
 STATUSES = {
@@ -161,6 +176,9 @@ def label(row: Mapping[str, Any]) -> str:
     if row.get("method"):
         method = clean(row["method"], 40)
         return METHODS.get(method, method)
+    if row.get("retriever"):
+        retriever = clean(row["retriever"], 40)
+        return RETRIEVERS.get(retriever, retriever)
     return system_name(row.get("backend") or row.get("op") or row.get("ceiling") or row.get("name"))
 
 

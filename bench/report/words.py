@@ -57,6 +57,13 @@ BENCHES = {
         "What rounding the weights that decoding reads costs: the likelihood of real text, token by token, "
         "and how far the distributions lie from those of whole weights.",
     ),
+    "retrieval": (
+        "Retrieval",
+        "Of the turns of a long dialogue that hold a question's evidence, how many are among the first 5 or "
+        "10 found, and how early the first one comes (MRR). Each turn is a memory; no language model has a "
+        "say. Our weights were chosen on the half of the dialogues that they are not scored on, except in "
+        "the rows of the weights as shipped.",
+    ),
     "steady": (
         "Steady state",
         "Hundreds of requests, one after the other, each a new question over memories in an order that no "
@@ -113,9 +120,9 @@ READING: tuple[tuple[frozenset[str], str, str], ...] = (
         frozenset({"ttft"}),
         "What is reused",
         "“Exact prefix” needs the memories at the head of the prompt in the order of an earlier one; the "
-        "question may be new. “Spliced” takes memories in any order; with several it is an approximation, "
-        "whose price the quality bench tells. “Question alone” answers without the memory: no way of using "
-        "it can be faster.",
+        "question may be new. “Spliced” takes memories in any order and splices them anew for each request; "
+        "with several it is an approximation, whose price the quality bench tells. “Question alone” answers "
+        "without the memory: no way of using it can be faster.",
     ),
     (
         frozenset({"ttft"}),

@@ -143,6 +143,29 @@ void close_tile(const Rows& rows, const AttentionItem& item, const Tile& tile, i
     }
 }
 
+// K and V of keys key ... key + n - 1, widened.
+template <class S>
+void read_block(const Attention& a, const AttentionItem& item, int64_t key, int64_t n, float* keys,
+                float* values) {
+    const int64_t dim = a.head_dim, padded = round_up(dim, 16);
+    int64_t k_at[kBlock], v_at[kBlock];
+    locate(a, item, key, n, k_at, v_at);
+    for (int64_t j = 0; j < n; ++j) {
+        widen<S>(keys + j * padded, (const typename S::T*)a.k + k_at[j], dim, padded);
+        widen<S>(values + j * padded, (const typename S::T*)a.v + v_at[j], dim, padded);
+    }
+    if (!a.k_scale) return;
+    float k_scale[kBlock], v_scale[kBlock];
+    gather_scales(a, item, a.k_scale, 1, key, n, k_scale, 0);
+    gather_scales(a, item, a.v_scale, 1, key, n, v_scale, 0);
+    for (int64_t j = 0; j < n; ++j) {
+        for (int64_t d = j * padded; d < (j + 1) * padded; d += kWidth) {
+            store(keys + d, load(keys + d) * k_scale[j]);
+            store(values + d, load(values + d) * v_scale[j]);
+        }
+    }
+}
+
 template <class S>
 void run(const Attention& a, const AttentionItem& item, float* scratch) {
     const int64_t dim = a.head_dim, padded = round_up(dim, 16);
@@ -166,12 +189,7 @@ void run(const Attention& a, const AttentionItem& item, float* scratch) {
     if (a.window > 0 && nearest - a.window + 1 > key) key += (nearest - a.window + 1 - key) / kBlock * kBlock;
     for (; key < item.key_end; key += kBlock) {
         const int64_t n = item.key_end - key < kBlock ? item.key_end - key : kBlock;
-        int64_t k_at[kBlock], v_at[kBlock];
-        locate(a, item, key, n, k_at, v_at);
-        for (int64_t j = 0; j < n; ++j) {
-            widen<S>(keys + j * padded, (const typename S::T*)a.k + k_at[j], dim, padded);
-            widen<S>(values + j * padded, (const typename S::T*)a.v + v_at[j], dim, padded);
-        }
+        read_block<S>(a, item, key, n, keys, values);
         // Steps run over whole groups of keys; old scratch behind the last one could be NaN, so it is zeroed.
         const int64_t rest = round_up(n, kStep) - n;
         std::memset(keys + n * padded, 0, rest * padded * sizeof(float));
@@ -210,7 +228,7 @@ int64_t attention_scratch(int64_t head_dim) {
 
 void attention(const Attention& a, const AttentionItem& item, float* scratch) {
     if (attention_amx(a, item, scratch) || attention_pairs(a, item, scratch)) return;
-    with_dtype(a.kv_dtype, [&](auto kv) { run<decltype(kv)>(a, item, scratch); });
+    with_page_dtype(a.kv_dtype, [&](auto kv) { run<decltype(kv)>(a, item, scratch); });
 }
 
 }  // namespace ME_LEVEL

@@ -104,7 +104,7 @@ int64_t amx_scratch(int64_t dim) {
 
 bool attention_amx(const Attention& a, const AttentionItem& item, float* scratch) {
     const int64_t dim = a.head_dim;
-    if (!fits(a)) return false;
+    if (!fits(a) || a.kv_dtype != DType::bf16) return false;
     _tile_loadconfig(&kConfig);
     char* next = (char*)scratch;
     const auto take = [&next](int64_t bytes) { return (next += bytes) - bytes; };

@@ -21,18 +21,21 @@ struct Work {
     // of V what will be read next.
     const char *const *k, *const *v;
     int64_t heads;
-    const float* q;            // [heads][rows][padded]
-    const uint16_t* narrow_q;  // the same in bfloat16, where the queries are bfloat16
-    float* scores;             // [heads][rows][128]
-    float* out;                // [heads][rows][padded]
+    const float* q;                  // [heads][rows][padded]
+    const uint16_t* narrow_q;        // the same in bfloat16, where the queries are bfloat16
+    float* scores;                   // [heads][rows][128]
+    float* out;                      // [heads][rows][padded]
+    const float *k_scale, *v_scale;  // [heads][128] of int8 pages, else null
+    void* widened;                   // room for kWidth int8 keys of a head as floats
     int64_t n, padded;
     float scale;
 };
 
-// How a query row is kept (`P`), and how kStep products with a key are added to a sum.
+// How a query row is kept (`P`) and a key is read (`K`), and how kStep products of both are added to a sum.
 template <class S>
 struct Product {
     typedef float P;
+    typedef typename S::T K;
     static constexpr int64_t kStep = kWidth;
     static ME_INLINE F add(F acc, const typename S::T* k, F q) { return acc + S::load(k) * q; }
     static ME_INLINE F load(const P* q) { return load_bits<F>(q); }
@@ -43,7 +46,7 @@ struct Product {
 struct BFloat16Pairs {};
 template <>
 struct Product<BFloat16Pairs> {
-    typedef uint16_t P;
+    typedef uint16_t P, K;
     static constexpr int64_t kStep = 32;
     static ME_INLINE F add(F acc, const uint16_t* k, __m512bh q) {
         return (F)_mm512_dpbf16_ps((__m512)acc, load_bits<__m512bh>(k), q);
@@ -52,16 +55,37 @@ struct Product<BFloat16Pairs> {
 };
 #endif
 
+// A key for the products of all rows: int8 is widened to `room`, once for all of them.
+template <class K>
+ME_INLINE const K* readable(K*, const K* key, int64_t) {
+    return key;
+}
+ME_INLINE const float* readable(float* room, const int8_t* key, int64_t n) {
+    for (int64_t d = 0; d < n; d += kWidth) store(room + d, Int8::load(key + d));
+    return room;
+}
+#if defined(__AVX512BF16__)
+ME_INLINE const uint16_t* readable(uint16_t* room, const int8_t* key, int64_t n) {
+    for (int64_t d = 0; d < n; d += 32) {
+        const __m512 low = (__m512)Int8::load(key + d), high = (__m512)Int8::load(key + d + kWidth);
+        store_bits(room + d, _mm512_cvtne2ps_pbh(high, low));  // exact: bfloat16 has eight bits
+    }
+    return room;
+}
+#endif
+
 // scores[h][r][j] = q[h][r] . k[j][h] for kWidth keys at a time, whose sums are taken together.
 template <class Pr, class T, int R>
 void score(const Attention& a, const Work& w, const typename Pr::P* q) {
     constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t j = 0; j < w.n; j += kWidth) {
         for (int64_t h = 0; h < w.heads; ++h) {
-            const T *key[kWidth], *next[kWidth];
+            typedef typename Pr::K K;
+            const K* key[kWidth];
+            const T* next[kWidth];
             for (int i = 0; i < kWidth; ++i) {
                 const int64_t at = j + i < w.n ? j + i : w.n - 1;
-                key[i] = (const T*)w.k[at] + h * a.k_head;
+                key[i] = readable((K*)w.widened + i * w.padded, (const T*)w.k[at] + h * a.k_head, w.padded);
                 next[i] = (const T*)w.k[at + kAhead] + h * a.k_head;
             }
             for (int r = 0; r < R; ++r) {
@@ -74,7 +98,9 @@ void score(const Attention& a, const Work& w, const typename Pr::P* q) {
                         if (i % R == r && d % kLine == 0) __builtin_prefetch(next[i] + d, 0, 2);
                     }
                 }
-                store(w.scores + (h * R + r) * kDecodeKeys + j, sums(acc) * w.scale);
+                F found = sums(acc) * w.scale;
+                if (w.k_scale) found *= load(w.k_scale + h * kDecodeKeys + j);
+                store(w.scores + (h * R + r) * kDecodeKeys + j, found);
             }
         }
     }
@@ -84,10 +110,11 @@ template <class S, int R>
 void scores(const Attention& a, const Work& w) {
     typedef typename S::T T;
 #if defined(__AVX512BF16__)
-    if constexpr (S::dtype == DType::bf16)
+    if constexpr (S::dtype == DType::bf16 || S::dtype == DType::i8)
         if (w.narrow_q) return score<Product<BFloat16Pairs>, T, R>(a, w, w.narrow_q);
 #endif
-    score<Product<S>, T, R>(a, w, w.q);
+    typedef typename std::conditional<S::dtype == DType::i8, Float32, S>::type Read;
+    score<Product<Read>, T, R>(a, w, w.q);
 }
 
 // Adds keys j ... end - 1 of one head, C vectors of channels, to its rows of out.
@@ -149,6 +176,11 @@ float softmax(float* scores, int64_t n, int64_t from, int64_t until, float& top)
     return sum(total);
 }
 
+// Weights take the scales of int8 V: what they meet then are whole numbers.
+ME_INLINE void weigh_values(float* weights, const float* scale, int64_t n) {
+    for (int64_t j = 0; j < n; j += kWidth) store(weights + j, load(weights + j) * load(scale + j));
+}
+
 // The item's part for one of its heads.
 ME_INLINE AttentionItem of_head(const Attention& a, AttentionItem item, int64_t h) {
     item.kv_head += (int32_t)h;
@@ -165,8 +197,9 @@ void run_rows(const Attention& a, const AttentionItem& whole, const Work& w) {
         for (int r = 0; r < R; ++r) {
             const int64_t pos = positions.position(whole.row + r);
             const int64_t from = a.window > 0 ? pos - a.window + 1 - whole.key : 0;
-            total[h * R + r] =
-                softmax(w.scores + (h * R + r) * kDecodeKeys, w.n, from, pos + 1 - whole.key, top[h * R + r]);
+            float* of_row = w.scores + (h * R + r) * kDecodeKeys;
+            total[h * R + r] = softmax(of_row, w.n, from, pos + 1 - whole.key, top[h * R + r]);
+            if (w.v_scale) weigh_values(of_row, w.v_scale + h * kDecodeKeys, w.n);
         }
     }
     accumulate<S, R>(a, w);
@@ -209,6 +242,7 @@ void run_padded(const Attention& a, const AttentionItem& item, const Work& all, 
     for (int64_t h = 0; h < all.heads; ++h) {
         Work w = all;
         w.narrow_q = nullptr, w.heads = 1, w.q += h * item.rows * w.padded, w.k = k, w.v = v;
+        if (w.k_scale) w.k_scale += h * kDecodeKeys, w.v_scale += h * kDecodeKeys;
         for (int64_t j = 0; j < w.n; ++j) {
             widen<S>((float*)k[j], (const T*)all.k[j] + h * a.k_head, a.head_dim, w.padded);
             widen<S>((float*)v[j], (const T*)all.v[j] + h * a.v_head, a.head_dim, w.padded);
@@ -219,7 +253,7 @@ void run_padded(const Attention& a, const AttentionItem& item, const Work& all, 
 
 // Addresses of the item's keys and of those to be fetched behind them.
 void locate_all(const Attention& a, const AttentionItem& item, const char** k, const char** v) {
-    const int64_t n = item.key_end - item.key, size = a.kv_dtype == DType::f32 ? 4 : 2;
+    const int64_t n = item.key_end - item.key, size = size_of(a.kv_dtype);
     if (n == 0) return;
     const int64_t behind = std::min<int64_t>(a.seq_lens[item.request], a.max_blocks * a.page) - item.key_end;
     const int64_t more = std::min(kAhead, behind);
@@ -238,7 +272,8 @@ void locate_all(const Attention& a, const AttentionItem& item, const char** k, c
 int64_t decode_scratch(int64_t head_dim) {
     const int64_t padded = round_up(head_dim, 16);
     const int64_t copies = head_dim == padded ? 0 : 2 * kDecodeKeys * padded;
-    return sizeof(float) * (kDecodeHeads * kDecodeRows * (3 * padded + kDecodeKeys) + copies);
+    const int64_t of_heads = kDecodeRows * (3 * padded + kDecodeKeys) + 2 * kDecodeKeys;
+    return sizeof(float) * (kDecodeHeads * of_heads + kWidth * padded + copies);
 }
 
 void attention_decode(const Attention& a, const AttentionItem& item, float* scratch) {
@@ -249,7 +284,10 @@ void attention_decode(const Attention& a, const AttentionItem& item, float* scra
     float* scores = q + rows * padded;
     float* out = scores + rows * kDecodeKeys;
     uint16_t* narrow_q = (uint16_t*)(out + rows * padded);
-    float* copies = out + 2 * rows * padded;
+    float* k_scale = out + 2 * rows * padded;
+    float* v_scale = k_scale + item.kv_heads * kDecodeKeys;
+    float* widened = v_scale + item.kv_heads * kDecodeKeys;
+    float* copies = widened + kWidth * padded;
     const bool pairs = a.q_dtype == DType::bf16 && padded % 32 == 0 && a.head_dim == padded;
     for (int64_t h = 0; h < item.kv_heads; ++h) {
         const Rows of(a, of_head(a, item, h));
@@ -263,10 +301,20 @@ void attention_decode(const Attention& a, const AttentionItem& item, float* scra
         }
     }
     const float scale = a.sm_scale * kLog2E;
-    const Work w = {k,      v,   item.kv_heads,           q,      pairs ? narrow_q : nullptr,
-                    scores, out, item.key_end - item.key, padded, scale};
+    const int64_t n = item.key_end - item.key;
+    if (a.k_scale) {
+        // Whole vectors of scales are read.
+        std::memset(k_scale, 0, 2 * item.kv_heads * kDecodeKeys * sizeof(float));
+        gather_scales(a, item, a.k_scale, item.kv_heads, item.key, n, k_scale, kDecodeKeys);
+        gather_scales(a, item, a.v_scale, item.kv_heads, item.key, n, v_scale, kDecodeKeys);
+    } else {
+        k_scale = v_scale = nullptr;
+    }
+    const Work w = {k,      v,      item.kv_heads, q,       pairs ? narrow_q : nullptr,
+                    scores, out,    k_scale,       v_scale, widened,
+                    n,      padded, scale};
     locate_all(a, item, k, v);
-    with_dtype(a.kv_dtype, [&](auto kv) {
+    with_page_dtype(a.kv_dtype, [&](auto kv) {
         if (a.head_dim == padded)
             run<decltype(kv)>(a, item, w);
         else

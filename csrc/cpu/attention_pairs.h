@@ -26,11 +26,16 @@ struct Tile {
     int32_t min_pos, max_pos;
 };
 
-// Whether the kernels take the call.
+// Whether the kernels take the call, over pages of either dtype.
 ME_INLINE bool fits(const Attention& a) {
-    return a.q_dtype == DType::bf16 && a.kv_dtype == DType::bf16 && a.head_dim % 32 == 0 &&
-           a.head_dim <= kMaxDim && a.sm_scale > 0;
+    return a.q_dtype == DType::bf16 && (a.kv_dtype == DType::bf16 || a.kv_dtype == DType::i8) &&
+           a.head_dim % 32 == 0 && a.head_dim <= kMaxDim && a.sm_scale > 0;
 }
+
+// Scales of a block of int8 keys; behind the last one zeros.
+struct Scales {
+    float k[kBlock], v[kBlock];
+};
 
 ME_INLINE void mask(const Tile& tile, int64_t key, int64_t n, int64_t window) {
     const __m512i pos = _mm512_load_si512(tile.pos);
@@ -68,7 +73,9 @@ ME_INLINE __m512i pair(__m512 even, __m512 odd) {
 }
 
 // Scores [n][16], n even, become pairs of weights; what the tile has summed so far is rescaled where needed.
-ME_INLINE void softmax(Tile& tile, int64_t n, int64_t dim, float scale_) {
+// With scales of V, weights take them behind their sum.
+template <bool kScaled>
+ME_INLINE void softmax(Tile& tile, int64_t n, int64_t dim, float scale_, const float* of_values) {
     const __m512 scale = _mm512_set1_ps(scale_), minus_inf = _mm512_set1_ps(kMinusInf);
     __m512 top[2] = {minus_inf, minus_inf};
     for (int64_t j = 0; j < n; j += 2)
@@ -87,6 +94,7 @@ ME_INLINE void softmax(Tile& tile, int64_t n, int64_t dim, float scale_) {
             const __m512 s = _mm512_load_ps(tile.scores + (j + u) * kTileRows);
             weight[u] = exp2_fast(_mm512_fmsub_ps(s, scale, base));
             total[u] = _mm512_add_ps(total[u], weight[u]);
+            if (kScaled) weight[u] = _mm512_mul_ps(weight[u], _mm512_set1_ps(of_values[j + u]));
         }
         _mm512_store_si512(tile.weights + j / 2 * kTileRows, pair(weight[0], weight[1]));
     }
@@ -103,13 +111,21 @@ ME_INLINE void softmax(Tile& tile, int64_t n, int64_t dim, float scale_) {
     _mm512_store_ps(tile.sum, _mm512_add_ps(sum, _mm512_add_ps(total[0], total[1])));
 }
 
-// Raw scores of keys key ... key + n - 1 become weights of `padded` keys.
-ME_INLINE void weigh(const Attention& a, Tile& tile, int64_t key, int64_t n, int64_t padded) {
+// Raw scores of keys key ... key + n - 1 become weights of `padded` keys. scales: of int8 keys, else null.
+ME_INLINE void weigh(const Attention& a, Tile& tile, int64_t key, int64_t n, int64_t padded,
+                     const Scales* scales = nullptr) {
+    for (int64_t j = 0; scales && j < n; ++j) {
+        float* at = tile.scores + j * kTileRows;
+        _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), _mm512_set1_ps(scales->k[j])));
+    }
     const bool all = key + n - 1 <= tile.min_pos && (a.window <= 0 || key > tile.max_pos - a.window);
     if (!all) mask(tile, key, n, a.window);
     for (int64_t j = n; j < padded; ++j)
         _mm512_store_ps(tile.scores + j * kTileRows, _mm512_set1_ps(kMinusInf));
-    softmax(tile, padded, a.head_dim, a.sm_scale * kLog2E);
+    if (scales)
+        softmax<true>(tile, padded, a.head_dim, a.sm_scale * kLog2E, scales->v);
+    else
+        softmax<false>(tile, padded, a.head_dim, a.sm_scale * kLog2E, nullptr);
 }
 
 inline void open_tile(const Rows& rows, const AttentionItem& item, Tile& tile, int64_t row) {

@@ -57,6 +57,19 @@ ME_INLINE void locate(const Attention& a, const AttentionItem& item, int64_t key
     }
 }
 
+// Scales of int8 pages, of keys key ... key + n - 1 and `heads` heads from the item's own on: to[h * stride +
+// i].
+ME_INLINE void gather_scales(const Attention& a, const AttentionItem& item, const float* scale, int64_t heads,
+                             int64_t key, int64_t n, float* to, int64_t stride) {
+    const int32_t* table = a.block_table + item.request * a.table_stride;
+    int64_t entry = key / a.page, offset = key % a.page;
+    for (int64_t i = 0; i < n; ++i) {
+        const float* from = scale + (table[entry] * a.page + offset) * a.kv_heads + item.kv_head;
+        for (int64_t h = 0; h < heads; ++h) to[h * stride + i] = from[h];
+        if (++offset == a.page) offset = 0, ++entry;
+    }
+}
+
 }  // namespace
 
 int64_t amx_scratch(int64_t head_dim);

@@ -1,6 +1,7 @@
 // RoPE, and the writing of K and V into pages. One rotation serves both, compiled without contraction into
 // fused multiply-adds: its results are then the same bits on every level and in the torch reference. Sources
-// of int8 are widened and scaled in registers, on their way into the rotation.
+// of int8 are widened and scaled in registers, on their way into the rotation; pages of int8 are quantised
+// behind it.
 #include "level.h"
 #include "simd.h"
 
@@ -25,24 +26,6 @@ struct Stored {
     ME_INLINE F load() const { return S::load(at); }
     ME_INLINE F some(int64_t n) const { return load_some<S>(at, n); }
     ME_INLINE Stored operator+(int64_t n) const { return {at + n}; }
-};
-
-struct Int8 {
-    typedef int8_t T;
-    // One instruction, where GCC's own conversion takes the bytes out of the vector one by one.
-    static ME_INLINE F load(const T* p) {
-#if defined(__AVX512F__)
-        const I wide = (I)_mm512_cvtepi8_epi32(load_bits<__m128i>(p));
-#elif defined(__AVX2__)
-        const I wide = (I)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load_bits<int64_t>(p)));
-#elif defined(__SSE4_1__)
-        const I wide = (I)_mm_cvtepi8_epi32(_mm_cvtsi32_si128(load_bits<int32_t>(p)));
-#else
-        typedef int8_t B __attribute__((vector_size(kWidth)));
-        const I wide = __builtin_convertvector(load_bits<B>(p), I);
-#endif
-        return __builtin_convertvector(wide, F);
-    }
 };
 
 // int8 with a scale for each channel.
@@ -151,41 +134,116 @@ struct Int8Heads {
     }
 };
 
-template <class To, class Heads>
-void write_tokens(const KvWrite& a, Heads heads, int64_t layer, int64_t token, int64_t token_end) {
-    typedef typename To::T D;
-    D* k_pages = (D*)a.k_pages + layer * a.kp_layer;
-    D* v_pages = (D*)a.v_pages + layer * a.vp_layer;
-    // Heads of a token that lie side by side on both ends are one copy.
-    const bool dense = !Heads::kScaled && a.v_head == a.head_dim && a.vp_head == a.head_dim;
+// Where a token's heads go, in pages of floats.
+template <class To>
+struct FloatPages {
+    // Heads that lie side by side on both ends may be written as one.
+    static constexpr bool kDense = true;
+    const KvWrite& a;
+    typename To::T *k_to, *v_to;
+
+    ME_INLINE FloatPages(const KvWrite& args, int64_t layer, int64_t block, int64_t offset, float*)
+        : a(args),
+          k_to((typename To::T*)a.k_pages + layer * a.kp_layer + block * a.kp_block + offset * a.kp_token),
+          v_to((typename To::T*)a.v_pages + layer * a.vp_layer + block * a.vp_block + offset * a.vp_token) {}
+
+    template <class From>
+    ME_INLINE void k(int64_t head, From from, Angles t) const {
+        rotate<To>(from, k_to + head * a.kp_head, a.head_dim, t, a.interleaved);
+    }
+    template <class From>
+    ME_INLINE void v(int64_t head, From from, int64_t n) const {
+        convert<To>(from, v_to + head * a.vp_head, n);
+    }
+};
+
+// x[0 ... n - 1] in 127ths of the largest size; x goes on with zeros up to a whole vector. Returns the scale,
+// as ops/int8_kv.py defines it.
+ME_INLINE float quantize(const float* x, int8_t* to, int64_t n) {
+    constexpr float kLeast = 0x1p-126f, kMost = (float)((0x1p128 - 0x1p105) / 127);
+    constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+    F sizes = {};
+    for (int64_t i = 0; i < n; i += kWidth) sizes = max((F)((U)load(x + i) & 0x7fffffffu), sizes);
+    float largest = 0;
+    for (int i = 0; i < kWidth; ++i) largest = sizes[i] > largest ? sizes[i] : largest;
+    float scale = largest / 127.0f;
+    scale = scale < kLeast ? kLeast : scale;
+    scale = scale > kMost ? kMost : scale;
+    for (int64_t i = 0; i < n; i += kWidth) {
+        F multiple = load(x + i) / splat(scale);
+        multiple = max(multiple, splat(-127.0f));
+        multiple = multiple > 127.0f ? splat(127.0f) : multiple;
+        const B narrow = __builtin_convertvector((I)(multiple + kMagic) - (I)splat(kMagic), B);
+        if (n - i >= kWidth)
+            store_bits(to + i, narrow);
+        else
+            std::memcpy(to + i, &narrow, n - i);
+    }
+    return largest > 0 ? scale : 0.0f;
+}
+
+// The same in pages of int8. Each head is rotated or widened in float32 before it is rounded, once.
+struct Int8Pages {
+    static constexpr bool kDense = false;
+    const KvWrite& a;
+    int8_t *k_to, *v_to;
+    float *k_scale, *v_scale;
+    float* row;  // [head_dim], and zeros behind it
+
+    ME_INLINE Int8Pages(const KvWrite& args, int64_t layer, int64_t block, int64_t offset, float* scratch)
+        : a(args),
+          k_to((int8_t*)a.k_pages + layer * a.kp_layer + block * a.kp_block + offset * a.kp_token),
+          v_to((int8_t*)a.v_pages + layer * a.vp_layer + block * a.vp_block + offset * a.vp_token),
+          k_scale(a.kp_scale + layer * a.kps_layer + (block * a.page + offset) * a.kv_heads),
+          v_scale(a.vp_scale + layer * a.vps_layer + (block * a.page + offset) * a.kv_heads),
+          row(scratch) {
+        store(row + a.head_dim, F{});
+    }
+
+    template <class From>
+    ME_INLINE void k(int64_t head, From from, Angles t) const {
+        rotate<Float32>(from, row, a.head_dim, t, a.interleaved);
+        k_scale[head] = quantize(row, k_to + head * a.kp_head, a.head_dim);
+    }
+    template <class From>
+    ME_INLINE void v(int64_t head, From from, int64_t n) const {
+        convert<Float32>(from, row, n);
+        v_scale[head] = quantize(row, v_to + head * a.vp_head, n);
+    }
+};
+
+template <class Pages, class Heads>
+void write_tokens(const KvWrite& a, Heads heads, int64_t layer, int64_t token, int64_t token_end,
+                  float* row) {
+    const bool dense = Pages::kDense && !Heads::kScaled && a.v_head == a.head_dim && a.vp_head == a.head_dim;
     for (int64_t i = token; i < token_end; ++i) {
         const int64_t slot = a.slot[i];
         if (slot < 0) continue;
-        const int64_t block = slot / a.page, offset = slot % a.page;
         const Angles t = a.cos_sin ? angles(a.cos_sin, a.positions[i], a.rotary_dim) : Angles{};
-        D* k_to = k_pages + block * a.kp_block + offset * a.kp_token;
-        D* v_to = v_pages + block * a.vp_block + offset * a.vp_token;
-        for (int64_t h = 0; h < a.kv_heads; ++h)
-            rotate<To>(heads.k(i, h), k_to + h * a.kp_head, a.head_dim, t, a.interleaved);
+        const Pages pages(a, layer, slot / a.page, slot % a.page, row);
+        for (int64_t h = 0; h < a.kv_heads; ++h) pages.k(h, heads.k(i, h), t);
         if (dense) {
-            convert<To>(heads.v(i, 0), v_to, a.kv_heads * a.head_dim);
+            pages.v(0, heads.v(i, 0), a.kv_heads * a.head_dim);
         } else {
-            for (int64_t h = 0; h < a.kv_heads; ++h)
-                convert<To>(heads.v(i, h), v_to + h * a.vp_head, a.head_dim);
+            for (int64_t h = 0; h < a.kv_heads; ++h) pages.v(h, heads.v(i, h), a.head_dim);
         }
     }
 }
 
+template <class Pages>
+void write_pages(const KvWrite& a, int64_t layer, int64_t token, int64_t token_end, float* row) {
+    if (a.k_scale) return write_tokens<Pages>(a, Int8Heads{a, layer}, layer, token, token_end, row);
+    with_dtype(a.src_dtype, [&](auto from) {
+        write_tokens<Pages>(a, FloatHeads<decltype(from)>{a, layer}, layer, token, token_end, row);
+    });
+}
+
 }  // namespace
 
-void write_kv(const KvWrite& a, int64_t layer, int64_t token, int64_t token_end) {
-    with_dtype(a.page_dtype, [&](auto to) {
-        typedef decltype(to) To;
-        if (a.k_scale) return write_tokens<To>(a, Int8Heads{a, layer}, layer, token, token_end);
-        with_dtype(a.src_dtype, [&](auto from) {
-            write_tokens<To>(a, FloatHeads<decltype(from)>{a, layer}, layer, token, token_end);
-        });
-    });
+void write_kv(const KvWrite& a, int64_t layer, int64_t token, int64_t token_end, float* row) {
+    if (a.page_dtype == DType::i8) return write_pages<Int8Pages>(a, layer, token, token_end, row);
+    with_dtype(a.page_dtype,
+               [&](auto to) { write_pages<FloatPages<decltype(to)>>(a, layer, token, token_end, row); });
 }
 
 void rope(const Rope& a, int64_t token, int64_t token_end) {

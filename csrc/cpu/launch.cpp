@@ -25,8 +25,6 @@ bool positions_fit(const int32_t* positions, int64_t tokens, int64_t max_positio
     return true;
 }
 
-int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
 }  // namespace
 
 Status write_kv(const KvWrite& a, int threads) {
@@ -42,7 +40,8 @@ Status write_kv(const KvWrite& a, int threads) {
     const int64_t bytes = a.layers * a.tokens * a.kv_heads * a.head_dim * 2 * size_of(a.page_dtype);
     parallel(a.layers * chunks, bytes < kMinBytes ? 1 : threads, [&](int64_t i) {
         const int64_t token = i % chunks * kTokens;
-        level.write_kv(a, i / chunks, token, std::min(a.tokens, token + kTokens));
+        float* row = (float*)thread_scratch((a.head_dim + 16) * (int64_t)sizeof(float));
+        level.write_kv(a, i / chunks, token, std::min(a.tokens, token + kTokens), row);
     });
     return Status::ok;
 }

@@ -6,6 +6,9 @@
 
 namespace memos_engine {
 
+// Static, as helpers of one level must not be merged with those of another.
+static inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2; }
+
 // Rows of one request and KV head, packed as row = token * group + head within the group, against a key
 // range; a decode item is that for several heads.
 struct AttentionItem {
@@ -59,7 +62,8 @@ struct Level {
     int64_t (*probe_scratch)(int64_t head_dim);
     void (*probe_pack)(const Probe&, ProbeTile&, float* scratch);
     void (*probe)(const Probe&, const ProbeItem&, float* scratch);
-    void (*write_kv)(const KvWrite&, int64_t layer, int64_t token, int64_t token_end);
+    // `row`: head_dim floats and 16 more.
+    void (*write_kv)(const KvWrite&, int64_t layer, int64_t token, int64_t token_end, float* row);
     void (*rope)(const Rope&, int64_t token, int64_t token_end);
     void (*rms_norm)(const RmsNorm&, int64_t token, int64_t token_end, float* weight);
     void (*silu_mul)(const SiluMul&, int64_t token, int64_t token_end);

@@ -1,15 +1,10 @@
 // x @ weight^T for few rows of x: reading the weights is the whole cost, so each is read once, in order, from
-// where it lies. With a few dozen rows the products count as well; on AMX tiles they are in linear_amx.cpp.
-#include "level.h"
-#include "simd.h"
+// where it lies. With a few dozen rows the products count as well: in bfloat16 see linear_tiles.h.
+#include "linear_tiles.h"
 
 namespace memos_engine {
 namespace ME_LEVEL {
 
-bool linear_amx_fits(const Linear&);
-int64_t linear_amx_scratch(const Linear&);
-void linear_amx_pack(const Linear&, uint32_t*);
-void linear_amx(const Linear&, const void*, int64_t, int64_t);
 int64_t linear_int8_scratch(const Linear&);
 void linear_int8_pack(const Linear&, void*);
 void linear_int8(const Linear&, const void*, int64_t, int64_t);
@@ -165,12 +160,12 @@ void range(const Linear& a, const void* packed, int64_t n, int64_t end) {
 
 int64_t linear_scratch(const Linear& a) {
     if (a.scale) return linear_int8_scratch(a);
-    return linear_amx_fits(a) ? linear_amx_scratch(a) : a.tokens * padded(a) * sizeof(float);
+    return linear_tiles_fits(a) ? tiles_scratch(a) : a.tokens * padded(a) * sizeof(float);
 }
 
 void linear_pack(const Linear& a, void* packed) {
     if (a.scale) return linear_int8_pack(a, packed);
-    if (linear_amx_fits(a)) return linear_amx_pack(a, (uint32_t*)packed);
+    if (linear_tiles_fits(a)) return pack_tiles(a, (uint32_t*)packed);
     with_dtype(a.dtype, [&](auto s) {
         typedef Dot<decltype(s)> D;
         typedef typename D::T T;
@@ -182,7 +177,7 @@ void linear_pack(const Linear& a, void* packed) {
 
 void linear(const Linear& a, const void* packed, int64_t output, int64_t output_end) {
     if (a.scale) return linear_int8(a, packed, output, output_end);
-    if (linear_amx_fits(a)) return linear_amx(a, packed, output, output_end);
+    if (linear_tiles_fits(a)) return linear_tiles(a, packed, output, output_end);
     with_dtype(a.dtype, [&](auto s) { range<decltype(s)>(a, packed, output, output_end); });
 }
 

@@ -1,36 +1,16 @@
 // x @ weight^T for a few dozen rows on AMX tiles, for bfloat16. Compiled at every level, empty except at
 // `amx`.
 //
-// Weights are read once, straight from where they lie: 16 outputs of 32 inputs are a tile (A) as they are,
-// and x^T is packed into pairs of inputs (B) beforehand. So y^T comes out, and is transposed when it is
-// stored. Libraries pack the weights instead, which costs more than the product when there are few rows of x.
+// 16 outputs of 32 inputs are a tile (A) as they lie, and x^T is packed into pairs of inputs (B) beforehand.
+// So y^T comes out, and is transposed when it is stored.
 #include "amx.h"
-#include "level.h"
+#include "linear_tiles.h"
 
 namespace memos_engine {
 namespace ME_LEVEL {
 
 #if defined(__AMX_BF16__)
 namespace {
-
-constexpr int64_t kTokens = 16;  // of one tile
-constexpr int64_t kInputs = 32;
-constexpr int64_t kOutputs = 16;
-
-ME_INLINE int64_t token_tiles(const Linear& a) { return (a.tokens + kTokens - 1) / kTokens; }
-
-// One tile of y^T [16 outputs][16 tokens] to y.
-ME_INLINE void store_outputs(const Linear& a, const float* tile, int64_t token, int64_t output) {
-    __m512i rows[16];
-    for (int i = 0; i < 16; ++i) rows[i] = _mm512_load_si512(tile + i * 16);
-    transpose(rows);
-    uint16_t* out = (uint16_t*)a.out + token * a.out_token + output;
-    const int64_t n = a.tokens - token < kTokens ? a.tokens - token : kTokens;
-    for (int64_t t = 0; t < n; ++t) {
-        const __m256bh y = _mm512_cvtneps_pbh(_mm512_castsi512_ps(rows[t]));
-        _mm256_storeu_si256((__m256i*)(out + t * a.out_token), (__m256i)y);
-    }
-}
 
 // P (1 or 2) tiles of tokens against B (1 or 2) tiles of outputs. Tiles 0-3 are sums, 4-5 weights, 6-7 x.
 template <int B, int P>
@@ -78,43 +58,15 @@ ME_INLINE void outputs(const Linear& a, const uint32_t* packed, int64_t output) 
 
 }  // namespace
 
-bool linear_amx_fits(const Linear& a) {
-    return a.dtype == DType::bf16 && a.tokens > 1 && a.inputs % kInputs == 0 && a.outputs % kOutputs == 0;
-}
+bool linear_tiles_fits(const Linear& a) { return a.tokens > 1 && whole_tiles(a); }
 
-int64_t linear_amx_scratch(const Linear& a) { return token_tiles(a) * kTokens * a.inputs * 2; }
-
-// [tiles][inputs / 2][16 tokens] pairs of inputs; tokens behind the last are zeros.
-void linear_amx_pack(const Linear& a, uint32_t* packed) {
-    for (int64_t tile = 0; tile < token_tiles(a); ++tile) {
-        for (int64_t i = 0; i < a.inputs; i += kInputs) {
-            __m512i rows[16];
-            for (int64_t t = 0; t < kTokens; ++t) {
-                const int64_t token = tile * kTokens + t;
-                const uint16_t* x = (const uint16_t*)a.x + token * a.x_token + i;
-                rows[t] = token < a.tokens ? _mm512_loadu_si512(x) : _mm512_setzero_si512();
-            }
-            transpose(rows);
-            uint32_t* to = packed + (tile * a.inputs + i) / 2 * kTokens;
-            for (int p = 0; p < 16; ++p) _mm512_storeu_si512(to + p * kTokens, rows[p]);
-        }
-    }
-}
-
-void linear_amx(const Linear& a, const void* packed, int64_t output, int64_t output_end) {
+void linear_tiles(const Linear& a, const void* packed, int64_t output, int64_t output_end) {
     _tile_loadconfig(&kConfig);
     const uint32_t* x = (const uint32_t*)packed;
     for (; output + 2 * kOutputs <= output_end; output += 2 * kOutputs) outputs<2>(a, x, output);
     if (output < output_end) outputs<1>(a, x, output);
     _tile_release();
 }
-
-#else
-
-bool linear_amx_fits(const Linear&) { return false; }
-int64_t linear_amx_scratch(const Linear&) { return 0; }
-void linear_amx_pack(const Linear&, uint32_t*) {}
-void linear_amx(const Linear&, const void*, int64_t, int64_t) {}
 
 #endif
 

@@ -51,7 +51,7 @@ ME_INLINE void with_product(const Probe& a, Fn&& f) {
 #if defined(__AVX512BF16__)
     if (a.q_dtype == DType::bf16 && a.kv_dtype == DType::bf16) return f(Pairs{}, BFloat16{}, BFloat16{});
 #endif
-    with_dtype(a.q_dtype, [&](auto q) { with_dtype(a.kv_dtype, [&](auto kv) { f(Wide{}, q, kv); }); });
+    with_dtype(a.q_dtype, [&](auto q) { with_page_dtype(a.kv_dtype, [&](auto kv) { f(Wide{}, q, kv); }); });
 }
 
 template <class Pr>
@@ -137,10 +137,15 @@ void run(const Probe& a, const ProbeItem& item, float* scratch) {
     for (int64_t h = 0; h < a.kv_heads; ++h) {
         for (int64_t j = 0; j < block.keys; ++j) {
             typename Pr::T* to = block.k + j * block.stride;
-            if (at[j] < 0)
+            if (at[j] < 0) {
                 std::memset((void*)to, 0, block.stride * sizeof(*to));
-            else
-                Pr::template copy<S>(to, (const typename S::T*)a.k + at[j] + h * a.k_head, a.head_dim);
+                continue;
+            }
+            Pr::template copy<S>(to, (const typename S::T*)a.k + at[j] + h * a.k_head, a.head_dim);
+            if constexpr (std::is_same<S, Int8>::value) {
+                const float scale = a.k_scale[a.slot[item.key + j] * a.kv_heads + h];
+                for (int64_t d = 0; d < block.elements; ++d) to[d] *= scale;
+            }
         }
         std::memset(block.paid, 0, kProbeKeys * kWidth * sizeof(float));
         for (int64_t t = 0; t < item.tiles_per_head; ++t) {

@@ -14,12 +14,14 @@ constexpr int64_t kOutputs = 32;  // of one item of a product
 constexpr int64_t kStagesOfLayer = 8;
 constexpr int64_t kOwnRows = 8;  // so few rows are normed by every thread for itself, which saves a barrier
 
-int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
 class Forward {
   public:
     Forward(const Stack& stack, const StackCall& call)
-        : s_(stack), c_(call), level_(*selected_level()), element_(size_of(stack.dtype)) {}
+        : s_(stack),
+          c_(call),
+          level_(*selected_level()),
+          element_(size_of(stack.dtype)),
+          page_element_(size_of(stack.page_dtype)) {}
 
     Status check() const {
         for (int64_t i = 0; i < c_.tokens; ++i)
@@ -180,39 +182,42 @@ class Forward {
                                d,  layer.max_position, layer.rotary_dim, false};
             level_.rope(args, token, token + 1);
         }
-        const KvWrite args = {k_,
-                              v_,
-                              s_.k_pages,
-                              s_.v_pages,
-                              c_.slot,
-                              c_.positions,
-                              layer.cos_sin,
-                              s_.dtype,
-                              s_.dtype,
-                              1,
-                              c_.tokens,
-                              s_.kv_heads,
-                              d,
-                              s_.blocks,
-                              s_.page,
-                              layer.max_position,
-                              layer.rotary_dim,
-                              0,
-                              kv,
-                              d,
-                              0,
-                              kv,
-                              d,
-                              s_.k_layer,
-                              s_.k_block,
-                              s_.k_token,
-                              s_.k_head,
-                              s_.v_layer,
-                              s_.v_block,
-                              s_.v_token,
-                              s_.v_head,
-                              false};
-        level_.write_kv(args, index, token, token + 1);
+        KvWrite args = {k_,
+                        v_,
+                        s_.k_pages,
+                        s_.v_pages,
+                        c_.slot,
+                        c_.positions,
+                        layer.cos_sin,
+                        s_.dtype,
+                        s_.page_dtype,
+                        1,
+                        c_.tokens,
+                        s_.kv_heads,
+                        d,
+                        s_.blocks,
+                        s_.page,
+                        layer.max_position,
+                        layer.rotary_dim,
+                        0,
+                        kv,
+                        d,
+                        0,
+                        kv,
+                        d,
+                        s_.k_layer,
+                        s_.k_block,
+                        s_.k_token,
+                        s_.k_head,
+                        s_.v_layer,
+                        s_.v_block,
+                        s_.v_token,
+                        s_.v_head,
+                        false};
+        args.kp_scale = s_.k_scale, args.vp_scale = s_.v_scale;
+        args.kps_layer = s_.k_scale_layer, args.vps_layer = s_.v_scale_layer;
+        float* row = (float*)thread_scratch((d + 16) * (int64_t)sizeof(float));
+        level_.write_kv(args, index, token, token + 1, row);
     }
 
     // The thread that ends the last item of a set of rows joins its key ranges.
@@ -231,14 +236,14 @@ class Forward {
         return {q_,
                 attended_,
                 nullptr,
-                (char*)s_.k_pages + index * s_.k_layer * element_,
-                (char*)s_.v_pages + index * s_.v_layer * element_,
+                (char*)s_.k_pages + index * s_.k_layer * page_element_,
+                (char*)s_.v_pages + index * s_.v_layer * page_element_,
                 c_.block_table,
                 c_.query_start,
                 c_.seq_lens,
                 c_.positions,
                 s_.dtype,
-                s_.dtype,
+                s_.page_dtype,
                 c_.tokens,
                 c_.requests,
                 s_.heads,
@@ -259,13 +264,15 @@ class Forward {
                 s_.v_token,
                 s_.v_head,
                 layer.window,
-                s_.sm_scale};
+                s_.sm_scale,
+                s_.k_scale ? s_.k_scale + index * s_.k_scale_layer : nullptr,
+                s_.v_scale ? s_.v_scale + index * s_.v_scale_layer : nullptr};
     }
 
     const Stack& s_;
     const StackCall& c_;
     const Level& level_;
-    const int64_t element_;
+    const int64_t element_, page_element_;
     char *q_ = nullptr, *attended_ = nullptr, *k_ = nullptr, *v_ = nullptr, *x_ = nullptr, *y_ = nullptr;
     char *gate_ = nullptr, *up_ = nullptr, *act_ = nullptr;
     std::map<int64_t, Planned> plans_;  // by window

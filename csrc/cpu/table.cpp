@@ -15,7 +15,7 @@ int64_t decode_scratch(int64_t head_dim);
 int64_t probe_scratch(int64_t head_dim);
 void probe_pack(const Probe&, ProbeTile&, float*);
 void probe(const Probe&, const ProbeItem&, float*);
-void write_kv(const KvWrite&, int64_t, int64_t, int64_t);
+void write_kv(const KvWrite&, int64_t, int64_t, int64_t, float*);
 void rope(const Rope&, int64_t, int64_t);
 void rms_norm(const RmsNorm&, int64_t, int64_t, float*);
 void silu_mul(const SiluMul&, int64_t, int64_t);

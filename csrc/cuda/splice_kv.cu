@@ -17,10 +17,7 @@ cudaError_t splice_kv(const KvWrite& args, cudaStream_t stream) {
         using To = std::remove_pointer_t<decltype(to)>;
         splice_kernel<From, To><<<grid, threads_for(args), 0, stream>>>(args);
     };
-    if (args.k_scale)
-        with_type(args.page_dtype, [&](auto* to) { launch((int8_t*)nullptr, to); });
-    else
-        with_types(args, launch);
+    with_types(args, launch);
     return cudaGetLastError();
 }
 

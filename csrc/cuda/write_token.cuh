@@ -7,6 +7,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "memos_engine/kernels.h"
 
 namespace memos_engine::cuda {
@@ -79,7 +81,27 @@ __device__ float rotated(const Head& head, int64_t d, const float* cos_sin, int6
     return first ? __fsub_rn(along, across) : __fadd_rn(along, across);
 }
 
-// From is int8_t where there are scales.
+constexpr unsigned kWarp = 32;
+
+// One head to int8, by one warp: 127ths of the largest size, as ops/int8_kv.py defines it. `value(d)` is
+// asked for twice: the second time costs less than a place to keep it.
+template <class Value>
+__device__ void quantize(const Value& value, int64_t dim, int8_t* to, float* scale_to) {
+    constexpr float kLeast = 0x1p-126f, kMost = (float)((0x1p128 - 0x1p105) / 127);
+    const unsigned lane = threadIdx.x % kWarp;
+    float largest = 0;
+    for (int64_t d = lane; d < dim; d += kWarp) largest = fmaxf(largest, fabsf(value(d)));
+    for (unsigned step = kWarp / 2; step > 0; step /= 2)
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    const float scale = fminf(fmaxf(__fdiv_rn(largest, 127.0f), kLeast), kMost);
+    for (int64_t d = lane; d < dim; d += kWarp) {
+        const float multiple = fminf(fmaxf(__fdiv_rn(value(d), scale), -127.0f), 127.0f);
+        to[d] = (int8_t)__float2int_rn(multiple);
+    }
+    if (lane == 0) *scale_to = largest > 0 ? scale : 0.0f;
+}
+
+// From is int8_t where there are scales of sources, To where there are scales of pages.
 template <class From, class To>
 __device__ void write_token(const KvWrite& a, int64_t layer, int64_t token) {
     const int64_t slot = a.slot[token];
@@ -90,10 +112,21 @@ __device__ void write_token(const KvWrite& a, int64_t layer, int64_t token) {
     const Heads<From> heads{a, layer, token};
     To* k_to = (To*)a.k_pages + layer * a.kp_layer + block * a.kp_block + offset * a.kp_token;
     To* v_to = (To*)a.v_pages + layer * a.vp_layer + block * a.vp_block + offset * a.vp_token;
-    for (int64_t i = threadIdx.x; i < a.kv_heads * a.head_dim; i += blockDim.x) {
-        const int64_t h = i / a.head_dim, d = i % a.head_dim;
-        narrow(k_to + h * a.kp_head + d, rotated(heads.k(h), d, row, half, a.interleaved));
-        narrow(v_to + h * a.vp_head + d, heads.v(h)[d]);
+    if constexpr (std::is_same<To, int8_t>::value) {
+        float* k_scale = a.kp_scale + layer * a.kps_layer + slot * a.kv_heads;
+        float* v_scale = a.vp_scale + layer * a.vps_layer + slot * a.kv_heads;
+        for (int64_t h = threadIdx.x / kWarp; h < a.kv_heads; h += blockDim.x / kWarp) {
+            const auto k = [&](int64_t d) { return rotated(heads.k(h), d, row, half, a.interleaved); };
+            const auto v = [&](int64_t d) { return heads.v(h)[d]; };
+            quantize(k, a.head_dim, k_to + h * a.kp_head, k_scale + h);
+            quantize(v, a.head_dim, v_to + h * a.vp_head, v_scale + h);
+        }
+    } else {
+        for (int64_t i = threadIdx.x; i < a.kv_heads * a.head_dim; i += blockDim.x) {
+            const int64_t h = i / a.head_dim, d = i % a.head_dim;
+            narrow(k_to + h * a.kp_head + d, rotated(heads.k(h), d, row, half, a.interleaved));
+            narrow(v_to + h * a.vp_head + d, heads.v(h)[d]);
+        }
     }
 }
 
@@ -112,13 +145,17 @@ void with_type(DType dtype, F&& f) {
             return f((__nv_bfloat16*)nullptr);
         case DType::f16:
             return f((__half*)nullptr);
+        case DType::i8:
+            return f((int8_t*)nullptr);
     }
 }
 
-// Calls f with null pointers of both element types, that of the sources and that of the pages.
+// Calls f with null pointers of both element types, that of the sources (int8 by their scales) and that of
+// the pages.
 template <class F>
 void with_types(const KvWrite& a, F&& f) {
-    with_type(a.page_dtype, [&](auto* to) { with_type(a.src_dtype, [&](auto* from) { f(from, to); }); });
+    const DType from = a.k_scale ? DType::i8 : a.src_dtype;
+    with_type(a.page_dtype, [&](auto* to) { with_type(from, [&](auto* source) { f(source, to); }); });
 }
 
 }  // namespace memos_engine::cuda

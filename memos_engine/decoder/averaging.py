@@ -49,7 +49,7 @@ def encode_averaged(
         for (k_sum, v_sum), (k, v) in zip(sums, engine.encode_spans((*anchor, *context), spans), strict=True):
             k_sum.add(k)
             v_sum.add(v)
-    dtype = engine.runner.cache.k.dtype
+    dtype = engine.runner.model.weights.dtype
     return [_averaged(k_sum, v_sum, dtype) for k_sum, v_sum in sums]
 
 

@@ -8,12 +8,14 @@ is replayed later.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from memos_engine.config import DecoderConfig
 from memos_engine.decoder.blocks import BlockPool, extend_keys
 from memos_engine.decoder.sequence import Sequence, Splice, TextSpan
 from memos_engine.decoder.session import Session
+from memos_engine.decoder.sharing import outside, spliced_pages
 from memos_engine.errors import ContextLengthError, OutOfPagesError
 
 Rows = tuple[Sequence, list[int]]
@@ -21,11 +23,13 @@ Rows = tuple[Sequence, list[int]]
 
 @dataclass(frozen=True)
 class Admission:
-    """A request that got its pages: page copies `(source, target)` to make, then records to splice."""
+    """A request that got its pages: page copies `(source, target)` to make, then records to splice. keys: of
+    the new pages that others may share once that is done, by page number."""
 
     sequence: Sequence
     copies: list[tuple[int, int]]
     splices: list[Splice]
+    keys: dict[int, bytes]
 
 
 class Batcher:
@@ -105,31 +109,72 @@ class Batcher:
         if not self.waiting or sum(s.logits is None for s in self.running) >= self.config.max_batch:
             return None
         seq = self.waiting[0]
-        copies: list[tuple[int, int]] = []
         reused = self.take_over(seq)
-        if reused >= len(seq.tokens):  # the last token must run to give logits: its page becomes ours
-            if not self._make_room(1):
-                self._not_yet(seq)
-                return None
-            shared = seq.blocks[-1]
-            seq.blocks[-1] = self.pool.writable(shared)
-            if seq.blocks[-1] != shared:
-                copies.append((shared, seq.blocks[-1]))
-            reused = len(seq.tokens) - 1
-        wanted = -(-len(seq.tokens) // self.pool.page) - len(seq.blocks)
+        behind = len(seq.blocks)
+        keys = {number: key for number, key in self._page_keys(seq).items() if number >= behind}
+        shared = {n: block for n, key in keys.items() if (block := self.pool.find(key)) is not None}
+        missing = [n for n in range(behind, -(-len(seq.tokens) // self.pool.page)) if n not in shared]
+        whole = reused >= len(seq.tokens)  # the last token must run to give logits: its page becomes ours
         spare = len(self.running)  # those that run will soon want a page each
-        if not self._make_room(wanted + spare):
-            self._not_yet(seq)
+        if not self._make_room(len(missing) + whole + spare):
+            self.pool.release(shared.values())
+            self._release(seq)  # it stays at the head of the queue
             return None
-        seq.blocks += self.pool.allocate(wanted)
+        reused -= whole
+        copies = (self.own(seq, [reused]) if whole else None) or []
+        new = shared | dict(zip(missing, self.pool.allocate(len(missing)), strict=True))
+        seq.blocks += [new[number] for number in sorted(new)]
         self.waiting.popleft()
         self.running.append(seq)
         seq.stats.recomputed_tokens = 0
-        splices = seq.layout(reused)
+        splices = outside(shared, seq.layout(reused), self.pool.page)
         seq.stats.prefix_tokens = reused
-        seq.stats.spliced_tokens = sum(s.record.num_tokens - s.skip for s in splices)
+        seq.stats.shared_tokens = len(shared) * self.pool.page
+        seq.stats.spliced_tokens = sum(part.count for part in splices)
         seq.stats.computed_tokens = len(seq.pending)
-        return Admission(seq, copies, splices)
+        return Admission(seq, copies, splices, {n: key for n, key in keys.items() if n not in shared})
+
+    def spliced(self, admitted: Admission) -> None:
+        """The records are in the pages now: those that hold nothing else may be shared."""
+        for number, key in admitted.keys.items():
+            self.pool.publish(admitted.sequence.blocks[number], key)
+
+    def _page_keys(self, seq: Sequence) -> dict[int, bytes]:
+        """Keys of the pages that the request may share with others: of spliced rows alone, none of which is
+        known to be computed again, and not exact (those are in the index under their prefix)."""
+        page = self.pool.page
+        if not self.config.share_spliced:
+            return {}
+        if seq.page_keys is None:
+            seq.page_keys = spliced_pages(seq.spans, seq.exact // page, page)
+        again = {position // page for position in (*seq.kept, *(seq.selected or ()))}
+        return {number: key for number, key in seq.page_keys.items() if number not in again}
+
+    def own(self, seq: Sequence, positions: Iterable[int]) -> list[tuple[int, int]] | None:
+        """Copy-on-write: the pages of these positions become the request's own, before anything is written.
+
+        Returns the page copies to make, in this order. None where too few pages are free: the request gave up
+        its own, and is replayed with what it selected.
+        """
+        copies = []
+        for number in sorted({position // self.pool.page for position in positions}):
+            shared = seq.blocks[number]
+            own = self._writable(shared)
+            if own is None:
+                self._preempt(seq)
+                return None
+            seq.blocks[number] = own
+            if own != shared:
+                copies.append((shared, own))
+        return copies
+
+    def _writable(self, block: int) -> int | None:
+        while True:
+            try:
+                return self.pool.writable(block)
+            except OutOfPagesError:
+                if not self.give_session_away():
+                    return None
 
     def take_over(self, seq: Sequence) -> int:
         """Gives a request the pages that exist already; returns how many leading tokens they hold."""
@@ -138,18 +183,15 @@ class Batcher:
         if session is not None and session.blocks:
             if session.epoch == self.pool.epoch:
                 # The session keeps its hold: should the request fail, it stands where it stood. Only rows
-                # behind `computed` are written, so the last page needs no copy.
-                self.pool.acquire(session.blocks)
-                seq.blocks = list(session.blocks)
+                # behind `computed` are written, so the last page needs no copy; pages behind it, if there are
+                # any, may be shared.
+                seq.blocks = session.blocks[: -(-session.computed // self.pool.page)]
+                self.pool.acquire(seq.blocks)
                 return session.computed
             self._empty(session)
         extend_keys(seq.keys, seq.root, seq.tokens[: seq.exact_tokens], self.pool.page)
         seq.blocks = self.pool.match(seq.keys)  # held by the request: drop() returns them
         return len(seq.blocks) * self.pool.page
-
-    def _not_yet(self, seq: Sequence) -> None:
-        """Lets go of what was taken over; the request stays at the head of the queue."""
-        self._release(seq)
 
     def _release(self, seq: Sequence) -> None:
         blocks, seq.blocks = seq.blocks, []

@@ -1,8 +1,10 @@
 """The block pool: who holds which page of the KV cache. Integers only; it never touches a tensor.
 
-A block is free, held (reference count > 0), or cached: nobody holds it but its content, an exact page, is
-still in the prefix index and may be taken over by the next request with the same prefix (least recently
-used ones are given away first). Block 0 is the null block and is never handed out.
+A block is free, held (reference count > 0), or cached: nobody holds it but its content is still in the index
+and may be taken over by the next request that needs it (least recently used ones are given away first). The
+index holds two kinds of pages, each block under one key: exact ones by all that stands up to their end
+(`extend_keys`), and those of spliced rows alone by what was spliced (`sharing.spliced_pages`). Block 0 is the
+null block and is never handed out.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def chain_keys(root: bytes, token_ids: Sequence[int], page: int) -> list[bytes]:
 
 
 class BlockPool:
-    """Reference-counted blocks with a prefix index over exact, full pages."""
+    """Reference-counted blocks with an index over full pages that others may use."""
 
     def __init__(self, num_blocks: int, page: int) -> None:
         if num_blocks < 2:
@@ -96,7 +98,7 @@ class BlockPool:
                 self._free.append(block)
 
     def publish(self, block: int, key: bytes) -> None:
-        """Puts an exact, full, held page into the prefix index. The first block with a key wins."""
+        """Puts a full, held page into the index. The first block with a key wins, and a block's first key."""
         if self._refs[block] <= 0:
             raise IntegrityError(f"block {block} is not held; it cannot be published.")
         if key not in self._block_of and block not in self._key_of:
@@ -114,9 +116,17 @@ class BlockPool:
         self.acquire(blocks)
         return blocks
 
+    def find(self, key: bytes) -> int | None:
+        """The published block with this key, acquired for the caller, if there is one."""
+        found = self.match([key])
+        return found[0] if found else None
+
     def writable(self, block: int) -> int:
         """Copy-on-write: the block itself if the caller alone holds it and it is not published, else a fresh
-        one in exchange for the caller's reference. The caller copies the page when the number differs."""
+        one in exchange for the caller's reference. The caller copies the page when the number differs. Where
+        none is free, a block that the caller alone holds leaves the index instead."""
+        if self._refs[block] == 1 and block in self._key_of and not self.available:
+            self._unpublish(block)
         if self._refs[block] == 1 and block not in self._key_of:
             return block
         fresh = self.allocate(1)[0]
@@ -134,7 +144,7 @@ class BlockPool:
         self.num_blocks = max(num_blocks, self.num_blocks)
 
     def forget(self) -> None:
-        """Empties the prefix index (weights changed, say); held blocks stay with their holders."""
+        """Empties the index (weights changed, say); held blocks stay with their holders."""
         self.epoch += 1
         for block in list(self._key_of):
             self._unpublish(block)

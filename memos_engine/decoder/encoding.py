@@ -102,10 +102,8 @@ class SpanEncoder:
 
     def _captured(self, group: list[Sequence], length: int) -> list[tuple[Tensor, Tensor]]:
         """Computes each sequence from position `length` on; the K and V of just those positions."""
-        pages = self.runner.cache.k
-        sizes = [seq.prompt_len - length for seq in group]
-        shape = (pages.shape[0], sum(sizes), *pages.shape[3:])
-        capture = KVCapture(pages.new_empty(shape), pages.new_empty(shape), first=0)
+        model, sizes = self.runner.model, [seq.prompt_len - length for seq in group]
+        capture = KVCapture.empty(model.spec, model.weights, sum(sizes))
         self._run([(seq, list(range(length, seq.prompt_len))) for seq in group], capture)
         k, v = (torch.split(side, sizes, dim=1) for side in (capture.k, capture.v))
         return [(a.contiguous(), b.contiguous()) for a, b in zip(k, v, strict=True)]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 
+import torch
 from torch import Tensor
 
 from memos_engine.config import DecoderConfig, Recompute, SamplingParams
@@ -42,7 +43,8 @@ class DecoderEngine:
         tokens = self.config.pool_tokens or min(spec.max_positions, 4096)
         num_blocks = -(-tokens // page) + 1  # one more: the null block
         self.pool = BlockPool(num_blocks, page)
-        cache = KVCache(spec, num_blocks, page, weights.dtype, weights.device)
+        page_dtype = torch.int8 if self.config.page_dtype == "int8" else weights.dtype
+        cache = KVCache(spec, num_blocks, page, page_dtype, weights.device)
         model = PagedDecoder(spec, weights)
         model.int8 = self.config.int8_decode
         self.runner = ModelRunner(model, cache, self.config.max_batch)
@@ -55,6 +57,13 @@ class DecoderEngine:
     def pool_tokens(self) -> int:
         """Tokens the KV pool holds."""
         return (self.pool.num_blocks - 1) * self.pool.page
+
+    @property
+    def kv_dtype(self) -> str:
+        """What K and V depend on, as a record's identity names it: the model's dtype, and that of the pages
+        where it is another, as everything behind the first layer is computed from what they hold."""
+        dtype, pages = self.runner.model.weights.dtype, self.runner.cache.k.dtype
+        return str(dtype) if pages == dtype else f"{dtype}, pages {pages}"
 
     @property
     def idle(self) -> bool:
@@ -249,6 +258,7 @@ class DecoderEngine:
                     break
                 self.runner.copy_pages(admitted.copies)
                 self.runner.splice(first, admitted.splices)
+                self.batcher.spliced(admitted)
                 first.stats.splice_ms += (time.perf_counter() - start) * 1e3
             except Exception as error:
                 failed.append(self._fail(first, error))
@@ -292,12 +302,12 @@ class DecoderEngine:
             return False
         seq.refine()
         seq.stats.computed_tokens += len(seq.pending)
-        return bool(seq.pending)
+        copies = self.batcher.own(seq, seq.selected or ())
+        self.runner.copy_pages(copies or [])
+        return copies is None or bool(seq.pending)
 
     def _one_by_one(self, batch: list[Rows]) -> tuple[list[Sequence], Tensor | None, list[StepOutput]]:
         """After a failed forward: whose fault was it? What a row wrote before is written again."""
-        import torch
-
         ready: list[Sequence] = []
         found: list[Tensor] = []
         failed: list[StepOutput] = []

@@ -20,10 +20,10 @@ def ids_digest(token_ids: Sequence[int]) -> str:
 class RecordIdentity:
     """Everything a stored KV depends on. Two records may be swapped for one another only if all of it agrees.
 
-    dtype: of the model. quantizer: how K and V were made smaller, "none" for that dtype as it is.
-    left_contexts: digests of the token sequences that stood to the left when it was built: the anchor alone,
-    or each of those that were averaged over. tenant_salt: keeps tenants apart. Names of models or adapters
-    never identify anything.
+    dtype: of the model, and of its pages where they have another. quantizer: how K and V were made smaller,
+    "none" for that dtype as it is. left_contexts: digests of the token sequences that stood to the left when
+    it was built: the anchor alone, or each of those that were averaged over. tenant_salt: keeps tenants
+    apart. Names of models or adapters never identify anything.
     """
 
     weights: str

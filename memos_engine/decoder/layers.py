@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memos_engine.decoder.kvcache import Pages
 from memos_engine.decoder.spec import ModelSpec
-from memos_engine.decoder.weights import LayerWeights
+from memos_engine.decoder.weights import LayerWeights, Weights
 from memos_engine.ops import Backend
 
 
@@ -58,7 +59,13 @@ class KVCapture:
 
     k: Tensor
     v: Tensor
-    first: int
+    first: int = 0
+
+    @classmethod
+    def empty(cls, spec: ModelSpec, weights: Weights, tokens: int) -> KVCapture:
+        """Room for so many tokens, in the model's dtype, whatever the pages' is."""
+        shape = (spec.num_layers, tokens, spec.num_kv_heads, spec.head_dim)
+        return cls(weights.embed.new_empty(shape), weights.embed.new_empty(shape))
 
 
 def attention(
@@ -68,7 +75,7 @@ def attention(
     weights: LayerWeights,
     x: Tensor,
     step: StepInput,
-    pages: tuple[Tensor, Tensor],
+    pages: Pages,
     cos_sin: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Self-attention of layer `index` over the paged cache. x `[tokens, hidden]`, cos_sin None: no rotation;
@@ -84,14 +91,23 @@ def attention(
     q, k = _head_norm(ops, q, w.q_norm, spec.rms_eps), _head_norm(ops, k, w.k_norm, spec.rms_eps)
     if cos_sin is not None:
         ops.rope(q, step.positions, cos_sin)
-    k_pages, v_pages = pages
-    ops.append_kv(k, v, k_pages, v_pages, step.slot_mapping, step.positions, cos_sin)
+    ops.append_kv(
+        k,
+        v,
+        pages.k,
+        pages.v,
+        step.slot_mapping,
+        step.positions,
+        cos_sin,
+        k_page_scale=pages.k_scale,
+        v_page_scale=pages.v_scale,
+    )
     probe = step.probe
     lse = None if probe is None else torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     out = ops.paged_attention(
         q,
-        k_pages,
-        v_pages,
+        pages.k,
+        pages.v,
         step.block_table,
         step.query_start,
         step.seq_lens,
@@ -101,11 +117,13 @@ def attention(
         lse=lse,
         max_query_len=step.max_query_len,
         dense=step.dense,
+        k_page_scale=pages.k_scale,
+        v_page_scale=pages.v_scale,
     )
     if probe is not None and lse is not None:
         ops.attention_probe(
             q,
-            k_pages,
+            pages.k,
             step.query_start,
             probe.q_pos,
             lse,
@@ -116,6 +134,7 @@ def attention(
             probe.scores,
             spec.sm_scale,
             spec.layers[index].window,
+            pages.k_scale,
         )
     out = ops.linear(out.reshape(tokens, -1), w.o)
     _add_biases((out, w.o_bias))

@@ -46,7 +46,7 @@ class LiveWeights:
         if self._unchanged():
             return False
         weights = Weights.from_model(self.model, decoder.spec)
-        if weights.dtype != decoder.runner.cache.k.dtype or weights.device != decoder.runner.device:
+        if weights.dtype != decoder.runner.model.weights.dtype or weights.device != decoder.runner.device:
             raise ModelError("The model's dtype or device changed after attach(); call attach() again.")
         decoder.use_weights(weights)
         self._remember()

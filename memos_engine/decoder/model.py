@@ -133,7 +133,8 @@ class PagedDecoder:
             if int8 and self._int8 is not None:
                 fields |= self._int8.layers[i]
             parts.append(StackLayer(**fields, cos_sin=self.tables[i], window=self.spec.layers[i].window))
-        return make(parts, self.weights.norm, self.spec.rms_eps, self.spec.sm_scale, cache.k, cache.v)
+        pages = (cache.k, cache.v, cache.k_scale, cache.v_scale, self.weights.dtype)
+        return make(parts, self.weights.norm, self.spec.rms_eps, self.spec.sm_scale, *pages)
 
 
 def _fits_stack(spec: ModelSpec) -> bool:

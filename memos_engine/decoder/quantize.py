@@ -9,22 +9,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from memos_engine.decoder.record import KVRecord
-from memos_engine.ops.int8_kv import GROUP, dequantize_k, dequantize_v
+from memos_engine.ops.int8_kv import GROUP, dequantize_k, dequantize_v, quantize_heads, rounded, scale_of
 
 __all__ = ["GROUP", "INT8", "dequantize_k", "dequantize_v", "quantize_k", "quantize_record", "quantize_v"]
 
 INT8 = "int8: k by channel and 64 tokens, v by token and head"  # as a record's identity names it
-
-_LIMIT = 127
-# A scale is a 127th of the largest size, but not subnormal, where steps are too coarse to keep errors within
-# half a scale; and 127 times it is finite, which rounding up denies to a 127th of float32's own maximum.
-_LEAST_SCALE = 2.0**-126
-_MOST_SCALE = (2.0**128 - 2.0**105) / _LIMIT
 
 
 def quantize_record(record: KVRecord) -> KVRecord:
@@ -42,8 +35,8 @@ def quantize_k(k: Tensor) -> tuple[Tensor, Tensor]:
     layers, tokens, heads, dim = wide.shape
     groups = -(-tokens // GROUP)
     sizes = pad(wide.abs(), (0, 0, 0, 0, 0, groups * GROUP - tokens))
-    scale = _scale(sizes.reshape(layers, groups, GROUP, heads, dim).amax(dim=2))
-    return _rounded(wide, scale.repeat_interleave(GROUP, dim=1)[:, :tokens]), scale
+    scale = scale_of(sizes.reshape(layers, groups, GROUP, heads, dim).amax(dim=2))
+    return rounded(wide, scale.repeat_interleave(GROUP, dim=1)[:, :tokens]), scale
 
 
 def quantize_v(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,16 +44,4 @@ def quantize_v(v: Tensor) -> tuple[Tensor, Tensor]:
 
     The scales are `[layers, tokens, kv_heads] float32`.
     """
-    wide = v.float()
-    scale = _scale(wide.abs().amax(dim=-1))
-    return _rounded(wide, scale[..., None]), scale
-
-
-def _scale(largest: Tensor) -> Tensor:
-    return torch.where(largest > 0, (largest / _LIMIT).clamp_(_LEAST_SCALE, _MOST_SCALE), 0.0)
-
-
-def _rounded(wide: Tensor, scale: Tensor) -> Tensor:
-    """The nearest multiples of the scale, ties to even; where it is 0, so are all values."""
-    multiples = wide / torch.where(scale > 0, scale, 1.0)
-    return multiples.round_().clamp_(-_LIMIT, _LIMIT).to(torch.int8)
+    return quantize_heads(v)

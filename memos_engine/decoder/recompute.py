@@ -15,8 +15,8 @@ from torch import Tensor
 
 from memos_engine.decoder.record import KVRecord
 
-# Where a record goes: the position of its first row that is spliced, and how many rows come before that one.
-Placed = tuple[int, int, KVRecord]
+# Where a record goes: the position of its first row.
+Placed = tuple[int, KVRecord]
 
 
 @dataclass(eq=False)
@@ -38,13 +38,13 @@ class Probe:
         return _top(self.positions, self.scores, self.budget)
 
 
-def probe(placed: Sequence[Placed], first_row: int, budget: int) -> Probe:
+def probe(placed: Sequence[Placed], budget: int, first_row: int) -> Probe:
     """A probe over these records. Where one of them has no sigma_v, attention alone decides."""
-    weights = [_weight(record, skip) for _, skip, record in placed]
+    weights = [None if record.sigma_v is None else record.sigma_v.float() for _, record in placed]
     if any(weight is None for weight in weights):
-        ones = [record.v.new_ones(record.v[:, skip:].shape[:3]) for _, skip, record in placed]
-        weights = [one.float() for one in ones]
-    weight = torch.cat([w for w in weights if w is not None], dim=1).contiguous()
+        weights = [record.v.new_ones(record.v.shape[:3]).float() for _, record in placed]
+    there = placed[0][1].v.device  # some records may wait on the device, and others in host memory
+    weight = torch.cat([w.to(there) for w in weights if w is not None], dim=1).contiguous()
     positions = _positions(placed)
     return Probe(first_row, positions, weight, weight.new_zeros(len(positions)), budget)
 
@@ -53,18 +53,14 @@ def by_rank(placed: Sequence[Placed], budget: int) -> tuple[int, ...]:
     """Positions to compute again by the records' own ranks, ascending. A record without ranks counts from its
     first token on, below all others (the first tokens depend most on what stands before them)."""
     ranks = []
-    for _, skip, record in placed:
+    for _, record in placed:
         falling = -torch.arange(record.num_tokens, dtype=torch.float32)
-        ranks.append((falling if record.rank is None else record.rank.cpu())[skip:])
+        ranks.append(falling if record.rank is None else record.rank.cpu())
     return _top(_positions(placed), torch.cat(ranks), budget)
 
 
-def _weight(record: KVRecord, skip: int) -> Tensor | None:
-    return None if record.sigma_v is None else record.sigma_v[:, skip:].float()
-
-
 def _positions(placed: Sequence[Placed]) -> list[int]:
-    return [p for start, skip, record in placed for p in range(start, start + record.num_tokens - skip)]
+    return [p for start, record in placed for p in range(start, start + record.num_tokens)]
 
 
 def _top(positions: Sequence[int], scores: Tensor, budget: int) -> tuple[int, ...]:

@@ -8,8 +8,10 @@ and a checksum per tensor. Reading it back copies nothing.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ _DTYPES = {
     "I32": torch.int32,
 }
 _OPTIONAL = ("k_scale", "v_scale", "sigma_v", "rank")
+_serials = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class KVRecord:
     where a request has just that sequence to the left, the record is exact, but for int8. k_scale
     `[layers, ceil(tokens / 64), kv_heads, head_dim] float32` and v_scale `[layers, tokens, kv_heads] float32`
     go with int8 K and V. sigma_v `[layers, tokens, kv_heads]` and rank `[tokens]`, floats: see
-    `averaging.AveragedKV`.
+    `averaging.AveragedKV`. serial: this object's own number in this process, by which pages of its rows are
+    found again: tensors of a record are never written to.
     """
 
     k: Tensor
@@ -52,6 +56,10 @@ class KVRecord:
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
     header: dict[str, Any] = field(default_factory=dict)
+    serial: int = field(init=False, compare=False, default_factory=_serials.__next__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, serial=next(_serials))  # another process counts anew
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +72,13 @@ class KVRecord:
     @property
     def quantized(self) -> bool:
         return self.k_scale is not None
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> KVRecord:
+        """The same record with its tensors elsewhere: equal numbers, so the same serial."""
+        tensors: dict[str, Any] = {name: move(tensor) for name, tensor in self.tensors().items()}
+        other = replace(self, **tensors)
+        object.__setattr__(other, "serial", self.serial)
+        return other
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are there, by name."""
@@ -153,8 +168,14 @@ def _require_whole(record: KVRecord) -> None:
         raise PayloadError(
             "The KV record's dtypes disagree: int8 K and V have scales, others none.", "format"
         )
-    if not all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point()):
+    if not all(_finite(tensor) for tensor in tensors.values() if tensor.is_floating_point()):
         raise PayloadError("The keys, values or scales of a KV record hold NaN or infinity.", "not_finite")
+
+
+def _finite(tensor: Tensor) -> bool:
+    """A sum reads once and writes nothing; only one that overflows needs the closer look."""
+    total = tensor.sum(dtype=torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 
 
 def _view(data: memoryview, base: int, entry: dict[str, Any]) -> Tensor:

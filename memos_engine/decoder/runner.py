@@ -35,8 +35,7 @@ class ModelRunner:
         """Puts stored K and V where the request wants them."""
         blocks = np.asarray(seq.blocks, dtype=np.int64)
         for part in parts:
-            end = part.start + part.record.num_tokens - part.skip
-            slots = self._slots(blocks, np.arange(part.start, end))
+            slots = self._slots(blocks, np.arange(part.start, part.start + part.count))
             splice(self.model, self.cache, part, self._put(slots))
 
     def run(self, batch: Seq[Rows], capture: KVCapture | None = None) -> Tensor:
@@ -57,7 +56,7 @@ class ModelRunner:
         if step.probe is not None:  # added only now: a forward that failed leaves nothing behind
             sizes = [len(probe.positions) for probe in probed]
             for probe, scores in zip(probed, torch.split(step.probe.scores, sizes), strict=True):
-                probe.scores += scores
+                probe.scores += scores.to(probe.scores.device)
         return self.model.logits(hidden)
 
     def _probe(self, step: StepInput, batch: Seq[Rows]) -> list[Probe]:
@@ -73,7 +72,8 @@ class ModelRunner:
             starts.append(starts[-1] + len(positions))
             counted += [probe is not None and p >= probe.first_row for p in rows]
             probes += [] if probe is None else [probe]
-        weight = probes[0].weight if len(probes) == 1 else torch.cat([p.weight for p in probes], dim=1)
+        weights = [probe.weight.to(self.device) for probe in probes]
+        weight = weights[0] if len(probes) == 1 else torch.cat(weights, dim=1)
         key_pos = np.asarray([p for probe in probes for p in probe.positions], dtype=np.int32)
         step.probe = ProbeInput(
             q_pos=torch.where(self._put(np.asarray(counted)), step.positions, -1),
@@ -114,9 +114,7 @@ class ModelRunner:
         """Moves to a larger cache; the content of the `used` blocks goes along."""
         old = self.cache
         self.cache = KVCache(self.model.spec, num_blocks, old.page, old.k.dtype, old.k.device)
-        for block in used:
-            self.cache.k[:, block] = old.k[:, block]
-            self.cache.v[:, block] = old.v[:, block]
+        self.cache.take(old, used)
         if self.graphs is not None:
             self.graphs.cache = self.cache
 

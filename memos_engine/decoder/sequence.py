@@ -50,11 +50,17 @@ Span = TextSpan | KVSpan
 
 @dataclass(frozen=True)
 class Splice:
-    """Rows `skip ...` of a record go to positions `start ...`."""
+    """Rows `skip ...` of a record, up to row `stop` (all that follow: None), go to positions `start ...`."""
 
     record: KVRecord
     start: int
     skip: int = 0
+    stop: int | None = None
+
+    @property
+    def count(self) -> int:
+        """Rows to write."""
+        return (self.record.num_tokens if self.stop is None else self.stop) - self.skip
 
 
 @dataclass
@@ -63,7 +69,8 @@ class Stats:
 
     prefill_ms: the forwards up to the first token (shared with whatever else ran in them); probe_ms: how much
     of that went before the tokens to compute again were known. computed_tokens counts recomputed_tokens too,
-    memory tokens from a record that were computed again. preemptions: how often its pages were taken and its
+    memory tokens from a record that were computed again. spliced_tokens were written for this request,
+    shared_tokens found in pages that were spliced before. preemptions: how often its pages were taken and its
     plan replayed; the token counts are those of the last admission.
     """
 
@@ -75,6 +82,7 @@ class Stats:
     total_ms: float = 0.0
     prefix_tokens: int = 0
     spliced_tokens: int = 0
+    shared_tokens: int = 0
     computed_tokens: int = 0
     recomputed_tokens: int = 0
     preemptions: int = 0
@@ -104,7 +112,8 @@ class Sequence:
     full prefill; the prefix index may hold only pages made of them. in_place: leading tokens whose records
     were encoded behind just the tokens that stand there now; they are not worth computing again. probe:
     present until the first pass is over. selected: positions of spliced tokens to compute again, None until
-    they are known; kept: those of the session's earlier requests.
+    a first pass has found them; kept: those of the session's earlier requests. page_keys: of the pages of
+    spliced rows alone, by page number; None until they were needed.
     """
 
     def __init__(
@@ -128,7 +137,7 @@ class Sequence:
         self.spans: tuple[Span, ...] = (*before, *spans)
         self.first_own = sum(len(span.token_ids) for span in before)
         self.kept: tuple[int, ...] = session.selected if session else ()
-        self.selected: tuple[int, ...] | None = None if 0 < recompute.share < 1 else ()
+        self.selected: tuple[int, ...] | None = ()
         self.probe: Probe | None = None
         self.params = params
         self.root = root
@@ -138,6 +147,7 @@ class Sequence:
         self.tokens: list[int] = [t for span in self.spans for t in span.token_ids]
         self.prompt_len = len(self.tokens)
         self.exact, self.in_place = self._lengths()
+        self.page_keys: dict[int, bytes] | None = None
         self.keys: list[bytes] = []  # of the full exact pages, as far as they were needed
         self.blocks: list[int] = []
         self.pending: list[int] = []
@@ -146,6 +156,8 @@ class Sequence:
         self.finish_reason: str | None = None  # stop, length, error or abort
         self.error: BaseException | None = None
         self.stats = Stats()
+        if 0 < recompute.share < 1:
+            self._select()
 
     @property
     def output(self) -> list[int]:
@@ -169,7 +181,7 @@ class Sequence:
         """Every span becomes text: what was stored for it counts no longer."""
         self.spans = tuple(TextSpan(span.token_ids) for span in self.spans)
         self.exact, self.in_place, self.keys = self.prompt_len, self.prompt_len, []
-        self.kept, self.selected, self.probe = (), (), None
+        self.kept, self.selected, self.probe, self.page_keys = (), (), None, None
 
     def answer_span(self) -> tuple[Span, ...]:
         """The answer as text, for those who go on behind it."""
@@ -198,37 +210,41 @@ class Sequence:
         `probe`, and `refine` puts them there after the first pass.
         """
         splices: list[Splice] = []
-        placed: list[Placed] = []
-        start = memory_tokens = 0
+        start = 0
         self.pending = []
         for span in self.spans:
             end = start + len(span.token_ids)
             first = max(start, reused)
-            if isinstance(span, KVSpan):
-                fresh = span.memory and start >= self.first_own
-                memory_tokens += len(span.token_ids) * fresh
-                if first < end:
-                    splices.append(Splice(span.record, first, first - start))
-                    if fresh and start >= self.in_place:
-                        placed.append((first, first - start, span.record))
-            else:
+            if isinstance(span, TextSpan):
                 self.pending.extend(range(first, end))
+            elif first < end:
+                splices.append(Splice(span.record, first, first - start))
             start = end
         self.pending.extend(range(max(start, reused), len(self.tokens)))  # a replayed answer
         self.probe = None
         if self.selected is None:
-            self._choose(placed, round(self.recompute.share * memory_tokens))
+            query = self.prompt_len - len(self.spans[-1].token_ids)
+            self.probe = probe(*self._candidates(), first_row=query)
         self._compute_again(p for p in (*self.kept, *(self.selected or ())) if p >= reused)
         return splices
 
-    def _choose(self, placed: list[Placed], budget: int) -> None:
-        if not placed or not budget:
-            self.selected = ()
-        elif self.recompute.by == "rank":
-            self.selected = by_rank(placed, budget)
-        else:
-            query = self.prompt_len - len(self.spans[-1].token_ids)
-            self.probe = probe(placed, query, budget)
+    def _candidates(self) -> tuple[list[Placed], int]:
+        """This request's own memories that are not in place, and how many tokens to compute again."""
+        placed: list[Placed] = []
+        start = memory_tokens = 0
+        for span in self.spans:
+            if isinstance(span, KVSpan) and span.memory and start >= self.first_own:
+                memory_tokens += len(span.token_ids)
+                if start >= self.in_place:
+                    placed.append((start, span.record))
+            start += len(span.token_ids)
+        return placed, round(self.recompute.share * memory_tokens)
+
+    def _select(self) -> None:
+        """Chooses what to compute again, or leaves it to a first pass."""
+        placed, budget = self._candidates()
+        if placed and budget:
+            self.selected = by_rank(placed, budget) if self.recompute.by == "rank" else None
 
     def refine(self) -> None:
         """After the first pass: what it found is pending, and all text behind that once more."""

@@ -124,16 +124,16 @@ class Lockstep:
         if not all(seq.blocks for seq in seqs):
             return False
         layers, _, _, heads, width = pages.k.shape
+        dtype = self.engine.runner.model.weights.dtype
         columns = [row.nonzero()[:, 0] for row in mask.to(pages.k.device)]
         blocks = [torch.tensor(seq.blocks, device=pages.k.device) for seq in seqs]
         for layer in range(layers):
-            both = []
-            for source in pages.layer(layer):
-                out = source.new_zeros(*mask.shape, heads, width)
-                for row, (where, places) in enumerate(zip(blocks, columns, strict=True)):
-                    out[row, places] = source[where].view(-1, heads, width)[: len(places)]
-                both.append(out.transpose(1, 2).repeat_interleave(copies, dim=0))
-            cache.update(*both, layer)
+            shape = (*mask.shape, heads, width)
+            both = [torch.zeros(shape, dtype=dtype, device=pages.k.device) for _ in range(2)]
+            for row, (where, places) in enumerate(zip(blocks, columns, strict=True)):
+                for out, source in zip(both, pages.layer(layer).read(where, dtype), strict=True):
+                    out[row, places] = source.view(-1, heads, width)[: len(places)]
+            cache.update(*(out.transpose(1, 2).repeat_interleave(copies, dim=0) for out in both), layer)
         return True
 
     def _add(self, prompt: Prompt) -> Sequence:

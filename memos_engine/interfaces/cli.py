@@ -60,12 +60,12 @@ def _existing(store: Path) -> Path:
     return store
 
 
-def _engine(model: str, store: Path | None, dtype: str = "auto", int8: bool = False, **memory: Any) -> Any:
+def _engine(model: str, store: Path | None, decoder: dict[str, Any] | None = None, **memory: Any) -> Any:
     from memos_engine.api import MemoryEngine
     from memos_engine.config import DecoderConfig, MemoryConfig
 
-    decoder = DecoderConfig(dtype=dtype, int8_decode=int8)
-    return MemoryEngine.open(model, store, decoder=decoder, memory=MemoryConfig(**memory))
+    settings = DecoderConfig(**(decoder or {}))
+    return MemoryEngine.open(model, store, decoder=settings, memory=MemoryConfig(**memory))
 
 
 # -- memories ------------------------------------------------------------------------------------
@@ -210,6 +210,9 @@ def chat(
     int8: Annotated[
         bool, typer.Option("--int8", help="Decode faster on a CPU, weights rounded to 8 bits.")
     ] = False,
+    page_dtype: Annotated[
+        str, typer.Option(help="KV pages: auto (the model's dtype), or int8 for half of bfloat16's memory.")
+    ] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Talk to the model; it answers from your memories. With --json, one line of JSON per answer."""
@@ -217,7 +220,8 @@ def chat(
 
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     chosen = {"form": form, "recompute": recompute, "max_memories": memories}
-    with _engine(model, store, dtype, int8, **chosen) as engine:
+    decoder = {"dtype": dtype, "page_dtype": page_dtype, "int8_decode": int8}
+    with _engine(model, store, decoder, **chosen) as engine:
         with notes.status("getting ready"):
             person = engine.ready().user(_user(user))
         if question is not None:

@@ -151,7 +151,7 @@ def _answer(engine: Any, data: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "answering_pid": os.getpid(),
-        "dtype": str(engine.decoder.runner.cache.k.dtype).removeprefix("torch."),
+        "dtype": str(engine.decoder.runner.model.weights.dtype).removeprefix("torch."),
         "questions": rows,
         "summary": summary,
         "foreign_memories": foreign,

@@ -134,12 +134,12 @@ class MiniLMEmbedder:
 # -- without a model -----------------------------------------------------------------------------
 
 _WORD = re.compile(r"\w+")
-_COMMON_WORDS = """
+_COMMON = """
 a an and are as at be but by did do does for from had has have he her him his how i if in is it its me my
 of on or our she so that the their them they this to us was we were what when where which who why will
 with you your
 """
-_COMMON = frozenset(_COMMON_WORDS.split())
+COMMON_WORDS = frozenset(_COMMON.split())
 
 
 class HashingEmbedder:
@@ -176,13 +176,13 @@ def _features(text: str) -> dict[str, float]:
     words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
     features: dict[str, float] = {}
     for word, count in Counter(words).items():
-        weight = (0.1 if word in _COMMON else 1.0) * (1 + np.log(count))
+        weight = (0.1 if word in COMMON_WORDS else 1.0) * (1 + np.log(count))
         features[f"w:{word}"] = weight
         padded = f"<{word}>"
         pieces = [padded[i : i + n] for n in (3, 4, 5) for i in range(len(padded) - n + 1)]
         for piece in pieces:  # together they weigh as much as half a word
             features[f"c:{piece}"] = features.get(f"c:{piece}", 0.0) + 0.5 * weight / np.sqrt(len(pieces))
-    content = [word for word in words if word not in _COMMON]
+    content = [word for word in words if word not in COMMON_WORDS]
     for pair, count in Counter(pairwise(content)).items():
         features[f"p:{pair[0]} {pair[1]}"] = 0.5 * (1 + np.log(count))
     return features or {f"t:{text.strip()}": 1.0}  # only punctuation: the text itself is the feature

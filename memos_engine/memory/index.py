@@ -14,44 +14,48 @@ Indices = npt.NDArray[np.int64]
 
 
 class VectorIndex(Protocol):
-    """What finds the rows of a matrix that are most like a query."""
+    """Embeddings under int64 keys, and which of them are like a query. Not for several threads at once."""
 
-    def search(self, query: Floats, matrix: Floats, k: int) -> tuple[Indices, Floats]:
-        """Row numbers `[m] int64` and cosines `[m] float32`, best first, `m = min(k, n)`."""
+    def __len__(self) -> int:
+        """How many keys it holds."""
+
+    def put(self, keys: Indices, matrix: Floats) -> None:
+        """Hold `matrix [m, dim]`, rows of length 1 or 0, under `keys [m]`; a key's old row goes."""
+
+    def drop(self, keys: Indices) -> None:
+        """Forget these keys; unknown ones are fine."""
+
+    def nearest(self, query: Floats, k: int) -> Indices:
+        """Keys `[m <= max(k, what costs nothing more)]`, in no order, among them the `k` closest, nearly."""
+
+    def vectors(self, keys: Indices) -> Floats:
+        """`[m, dim]`; zeros for a key that is not held."""
 
 
-class ExactIndex:
-    """A full scan: exact, and below some 20,000 rows as fast as anything."""
+def cosines(query: Floats, matrix: Floats) -> Floats:
+    """Cosine `[n] float32` of `query [dim]` to each row of `matrix [n, dim]`, all float32.
 
-    def search(self, query: Floats, matrix: Floats, k: int) -> tuple[Indices, Floats]:
-        """The `min(k, n)` rows of `matrix [n, dim]` with the highest cosine to `query [dim]`, all float32.
-
-        Rows must have length 1 or 0, as the store keeps them; the query may have any length. Cosines are
-        rounded to six decimals, what float32 sums can hold, and equal ones go by row number: the same input
-        gives the same order everywhere. Raises `MemoryInputError` for NaN, infinity, other widths or `k < 1`.
-        """
-        if query.ndim != 1 or matrix.ndim != 2:
-            raise MemoryInputError(
-                f"search needs a query [dim] and a matrix [n, dim], not shapes {query.shape} and "
-                f"{matrix.shape}."
-            )
-        if k < 1:
-            raise MemoryInputError(f"k must be at least 1, not {k}.")
-        if not np.isfinite(query).all():
-            raise MemoryInputError("the query's embedding holds NaN or infinity; check the embedder.")
-        if len(matrix) == 0:
-            return np.zeros(0, np.int64), np.zeros(0, np.float32)
-        if query.shape[0] != matrix.shape[1]:
-            raise MemoryInputError(
-                f"the query has {query.shape[0]} numbers, the stored embeddings have {matrix.shape[1]}; "
-                "use the same embedder for both."
-            )
-        wide = query.astype(np.float64)  # float32 has no steps between subnormal numbers
-        norm = float(np.linalg.norm(wide))
-        unit = (wide / norm if norm > 0 else wide).astype(np.float32)
-        with np.errstate(invalid="ignore", over="ignore"):
-            scores = np.round(matrix @ unit, 6) + np.float32(0)  # no -0.0
-        if not np.isfinite(scores).all():  # every NaN or infinity in a row reaches its score
-            raise MemoryInputError("a stored embedding holds NaN or infinity; embed that memory anew.")
-        order = np.argsort(-scores, kind="stable")[:k]
-        return order.astype(np.int64), scores[order].astype(np.float32)
+    Rows must have length 1 or 0, as the store keeps them; the query may have any length. Cosines are rounded
+    to six decimals, what float32 sums can hold. Raises `MemoryInputError` for NaN, infinity or other widths.
+    """
+    if query.ndim != 1 or matrix.ndim != 2:
+        raise MemoryInputError(
+            f"search needs a query [dim] and a matrix [n, dim], not shapes {query.shape} and {matrix.shape}."
+        )
+    if not np.isfinite(query).all():
+        raise MemoryInputError("the query's embedding holds NaN or infinity; check the embedder.")
+    if len(matrix) == 0:
+        return np.zeros(0, np.float32)
+    if query.shape[0] != matrix.shape[1]:
+        raise MemoryInputError(
+            f"the query has {query.shape[0]} numbers, the stored embeddings have {matrix.shape[1]}; "
+            "use the same embedder for both."
+        )
+    wide = query.astype(np.float64)  # float32 has no steps between subnormal numbers
+    norm = float(np.linalg.norm(wide))
+    unit = (wide / norm if norm > 0 else wide).astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        scores = np.round(matrix @ unit, 6) + np.float32(0)  # no -0.0
+    if not np.isfinite(scores).all():  # every NaN or infinity in a row reaches its score
+        raise MemoryInputError("a stored embedding holds NaN or infinity; embed that memory anew.")
+    return np.asarray(scores, dtype=np.float32)

@@ -13,6 +13,8 @@ from sqlite_utils import Database, Migrations
 from memos_engine.errors import StoreVersionError
 from memos_engine.memory.schema import APPLICATION_ID, FIRST
 from memos_engine.memory.schema_control import CONTROL
+from memos_engine.memory.schema_retrieval import SECOND
+from memos_engine.memory.store_fts import fill_passages
 
 Step = tuple[str, Callable[[Database], None]]
 
@@ -25,7 +27,16 @@ def _running(statements: Sequence[str]) -> Callable[[Database], None]:
     return step
 
 
-STEPS: tuple[Step, ...] = (("0001_first", _running(FIRST)), ("0003_control", _running(CONTROL)))
+def _retrieval(db: Database) -> None:
+    _running(SECOND)(db)
+    fill_passages(db.conn)
+
+
+STEPS: tuple[Step, ...] = (
+    ("0001_first", _running(FIRST)),
+    ("0002_retrieval", _retrieval),
+    ("0003_control", _running(CONTROL)),
+)
 
 _LEDGER = """CREATE TABLE IF NOT EXISTS schema_migration (
     id INTEGER PRIMARY KEY, migration_set TEXT NOT NULL, name TEXT NOT NULL, applied_at TEXT NOT NULL,

@@ -39,6 +39,8 @@ class NewMemory:
     fact: Fact | None = None
     provenance: Provenance | None = None
     derived_from: Iterable[str] = ()
+    session: str | None = None
+    valid_from: datetime | None = None
 
     def __post_init__(self) -> None:
         validate_text(self.text)
@@ -55,6 +57,12 @@ class NewMemory:
             validate_text(self.idempotency_key, 1000)
         if self.ttl_at is not None:
             time_to_text(self.ttl_at)
+        if self.session is not None:
+            validate_text(self.session, 256)
+        if self.valid_from is not None:
+            if self.fact is not None:
+                raise MemoryInputError("a fact has a valid_from of its own; give that one only.")
+            object.__setattr__(self, "fact", Fact(valid_from=self.valid_from))
 
 
 def check_embedding(vector: npt.ArrayLike | None, model_id: str | None) -> None:

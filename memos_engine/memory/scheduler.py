@@ -31,12 +31,20 @@ class KVAvailability:
 
 @dataclass(frozen=True, slots=True)
 class PlanInput:
-    """A candidate: its relevance, the tokens of its wrapped span as text, and its KV."""
+    """A candidate: how alike it is to the query, the tokens of its wrapped span as text, and its KV.
+
+    `relevance` is its place among the candidates (None: its score); `score` is what `min_score` speaks of.
+    """
 
     cube_id: str
     score: float
     text_tokens: int
     kv: KVAvailability
+    relevance: float | None = None
+
+    @property
+    def rank(self) -> float:
+        return self.score if self.relevance is None else self.relevance
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +134,7 @@ class Plan:
 
 
 class MemScheduler:
-    """The policy. Highest score first: the likeliest memory gets slot 0, where its record is exact."""
+    """The policy. Most relevant first: the likeliest memory gets slot 0, where its record is exact."""
 
     def plan(self, candidates: Sequence[PlanInput], request: PlanRequest) -> Plan:
         """Decide about every candidate. Raises `MemoryInputError` for repeated ids and impossible numbers."""
@@ -134,7 +142,7 @@ class MemScheduler:
         segments: list[Segment] = []
         skipped: list[Skipped] = []
         used = 0
-        for one in sorted(candidates, key=lambda c: (-c.score, c.cube_id)):
+        for one in sorted(candidates, key=lambda c: (-c.rank, -c.score, c.cube_id)):
             form, tokens, reason = _choose(one, request, slot=len(segments))
             obstacle = _obstacle(one, request, len(segments), tokens, request.max_memory_tokens - used)
             if obstacle:
@@ -149,7 +157,12 @@ def _check(candidates: Sequence[PlanInput]) -> None:
     if len({one.cube_id for one in candidates}) != len(candidates):
         raise MemoryInputError("a memory is among the candidates twice; give each one once.")
     for one in candidates:
-        if not math.isfinite(one.score) or one.text_tokens < 0 or one.kv.tokens < 0:
+        if (
+            not math.isfinite(one.score)
+            or not math.isfinite(one.rank)
+            or one.text_tokens < 0
+            or one.kv.tokens < 0
+        ):
             raise MemoryInputError(
                 f"candidate {one.cube_id!r} needs a finite score and token counts of at least 0."
             )

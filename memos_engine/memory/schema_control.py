@@ -8,6 +8,14 @@ from __future__ import annotations
 
 from memos_engine.memory.schema import frozen
 
+
+def _shown(row: str) -> str:
+    """What decides who finds a memory."""
+    return ", ".join(
+        f"{row}.{name}" for name in ("owner", "version", "state", "visibility", "ttl_at", "closed_at")
+    )
+
+
 _COLUMNS = (
     "ALTER TABLE cube_version ADD COLUMN gist BLOB CHECK (length(gist) = 16)",
     "ALTER TABLE cube ADD COLUMN gist BLOB CHECK (length(gist) = 16)",  # the present version's, for the index
@@ -17,6 +25,10 @@ _COLUMNS = (
     "CREATE INDEX cube_by_gist ON cube (owner, gist) WHERE gist IS NOT NULL",
     "CREATE INDEX cube_not_private ON cube (owner) WHERE visibility <> 'private'",
     "CREATE INDEX cube_by_ttl ON cube (ttl_at) WHERE ttl_at IS NOT NULL",
+    "DROP TRIGGER cube_moved",
+    "CREATE TRIGGER cube_moved AFTER UPDATE OF owner, version, state, visibility, ttl_at, closed_at ON cube "
+    f"WHEN ({_shown('OLD')}) IS NOT ({_shown('NEW')}) "
+    "BEGIN INSERT INTO index_log (cube_id) VALUES (NEW.id); END",
 )
 
 _VERSION = "FOREIGN KEY (cube_id, version) REFERENCES cube_version (cube_id, version)"
@@ -103,6 +115,11 @@ _TABLES = (
 _ERASABLE = ("fact", "fact_closing", "cube_source")
 
 _TRIGGERS = (
+    # Whose rights change may see other memories in search: its caches read everything anew.
+    "CREATE TRIGGER rights_given AFTER INSERT ON grant_ BEGIN INSERT INTO index_log (cube_id) "
+    "VALUES (NULL); END",
+    "CREATE TRIGGER rights_taken AFTER UPDATE OF revoked_at ON grant_ BEGIN INSERT INTO index_log (cube_id) "
+    "VALUES (NULL); END",
     *frozen("edge", why="derivations are immutable"),
     *frozen("done", why="what was done is immutable"),
     *frozen("grant_", why="a grant is revoked, not removed", operations=("DELETE",)),

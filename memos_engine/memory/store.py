@@ -19,6 +19,7 @@ from memos_engine.memory.store_access import AccessVerbs
 from memos_engine.memory.store_base import Clock, utc_now
 from memos_engine.memory.store_past import TimeVerbs
 from memos_engine.memory.store_read import ReadVerbs
+from memos_engine.memory.store_retrieval import RetrievalRows
 from memos_engine.memory.store_sweep import SweepVerbs
 from memos_engine.memory.store_vectors import VectorRows
 from memos_engine.memory.vault import FileSystem
@@ -26,7 +27,7 @@ from memos_engine.memory.vault import FileSystem
 __all__ = ["HistoryEntry", "MemoryStore", "NewMemory"]
 
 
-class MemoryStore(ReadVerbs, TimeVerbs, AccessVerbs, SweepVerbs, VectorRows):
+class MemoryStore(ReadVerbs, TimeVerbs, AccessVerbs, SweepVerbs, RetrievalRows, VectorRows):
     """An open store; made by `MemoryStore.open`, usable by all threads of the process that opened it."""
 
     @classmethod

@@ -17,6 +17,7 @@ from memos_engine.errors import MemoryInputError, RefusedError, StoreError
 from memos_engine.memory.audit import verify_chain
 from memos_engine.memory.cube import CubeIds, time_from_text, time_to_text, validate_label
 from memos_engine.memory.governance import KeyRing, Principal, StoreKeys
+from memos_engine.memory.snapshots import SnapshotFiles
 from memos_engine.memory.store_db import INDEX, VAULT, StoreDB, translate
 from memos_engine.memory.store_rows import append_audit, last_moment
 from memos_engine.memory.store_view import View, view
@@ -50,6 +51,7 @@ class StoreBase:
             for name in (VAULT, INDEX):
                 (directory / name).mkdir(exist_ok=True, mode=0o700)
             self.vault = MemVault(directory / VAULT, fs)
+            self.snapshots = SnapshotFiles(directory / INDEX)
             self.store_id, self.keys = self._identify(keyring)
         except OSError as error:
             self.close()
@@ -95,6 +97,10 @@ class StoreBase:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def now(self) -> datetime:
+        """The moment of a read, on the store's clock."""
+        return time_from_text(self._now())
 
     def _now(self) -> str:
         """The moment of a read: the clock's, but never before one that this process has seen."""

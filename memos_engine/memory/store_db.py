@@ -38,6 +38,7 @@ _MEANING: tuple[tuple[str, type[StoreError], str], ...] = (
     ("malformed", StoreError, "the file is damaged; restore a backup"),
     ("readonly", StoreError, "nothing was stored; make the directory and its files writable"),
     ("unable to open", StoreError, "check the directory's permissions and free space"),
+    ("no such module", StoreError, "this SQLite lacks full-text search (FTS5): use another Python"),
     ("disk I/O error", StoreError, "nothing was stored; check the disk"),
 )
 

@@ -16,6 +16,8 @@ from memos_engine.errors import (
 )
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.store_base import StoreBase
+from memos_engine.memory.store_db import translate
+from memos_engine.memory.store_fts import purge_words
 from memos_engine.memory.store_rows import append_audit, find, visible
 from memos_engine.memory.vault import BlobRef
 
@@ -220,6 +222,12 @@ class KVRows(StoreBase):
             (BlobRef(*ref) for _, payloads in pending for ref in json.loads(payloads)), lenient=False
         )
         self.collect()
+        try:
+            with self._db.write() as conn:
+                purge_words(conn, [row[0] for row in pending])
+                self.snapshots.clear()
+        except OSError as error:
+            raise translate(error, self.snapshots.directory) from error
         if not self._db.shrink():
             raise StoreLockedError(
                 "the memory is erased, but another process still reads the old database pages, so that a "

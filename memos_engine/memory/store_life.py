@@ -11,6 +11,7 @@ from memos_engine.errors import LifecycleError, MemoryNotFoundError
 from memos_engine.memory.cube import MemCube, is_cube_id
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.lifecycle import LifecycleState, check_move
+from memos_engine.memory.store_fts import forget_passages
 from memos_engine.memory.store_kv import KVRows, drop_rows
 from memos_engine.memory.store_rows import attempt, find, find_own, record_event, record_move, refused
 from memos_engine.memory.store_versions import DERIVATIONS, flag_derived, reached
@@ -181,6 +182,7 @@ def _erase(conn: sqlite3.Connection, principal: Principal, cube_id: str, now: st
     refs = drop_rows(conn, cube_id)
     payloads = json.dumps([(ref.sha256, ref.size, ref.checksum) for ref in refs])
     conn.execute("INSERT INTO erasure (cube_id, at, payloads) VALUES (?, ?, ?)", (cube_id, now, payloads))
+    forget_passages(conn, cube_id)
     for table in ("vector", "cube_body", "fact_closing", "fact", "cube_source"):
         conn.execute(f"DELETE FROM {table} WHERE cube_id = ?", (cube_id,))
     conn.execute(

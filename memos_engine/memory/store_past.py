@@ -14,6 +14,7 @@ from memos_engine.memory.cube import MemCube, time_from_text
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.lifecycle import LIVE, LifecycleState
 from memos_engine.memory.store_facts import close_fact, last_closing, settle
+from memos_engine.memory.store_fts import copy_passage
 from memos_engine.memory.store_life import LifeVerbs, put_to
 from memos_engine.memory.store_rows import (
     append_audit,
@@ -227,7 +228,10 @@ class TimeVerbs(WriteVerbs, LifeVerbs):
             "ttl_at, sensitivity, gist, half_life_s FROM cube WHERE id = :id",
             which,
         )
-        for statement in _COPIES:
+        for statement in _COPIES[:2]:
+            conn.execute(statement.format("cube_id = :id AND version = :version"), which)
+        copy_passage(conn, scope, (cube.id, cube.version), copy)
+        for statement in _COPIES[2:]:
             conn.execute(statement.format("cube_id = :id AND version = :version"), which)
         conn.execute(
             "INSERT INTO kv_context SELECT x.identity, :to, x.source_id FROM kv_context x JOIN kv_artifact "

@@ -61,8 +61,10 @@ class ReadVerbs(StoreBase):
         as_of: Moment | None = None,
         valid_at: Moment | None = None,
         own: bool = False,
+        limit: int | None = None,
     ) -> Cubes:
-        """The memories that the caller sees in these states, by creation; `own`: without those of others.
+        """The memories that the caller sees in these states, by creation, the oldest `limit` of them; `own`:
+        without those of others.
 
         Deleted ones show only in `history`. With `valid_at` only those that hold at that time. Raises
         `MemoryInputError`.
@@ -72,8 +74,8 @@ class ReadVerbs(StoreBase):
         with self._db.read() as conn:
             rows = conn.execute(
                 f"{select_cubes(seen)} WHERE {seen.where} AND {seen.state} IN (SELECT value FROM "
-                "json_each(:states)) ORDER BY c.id",
-                {**seen.params, "states": wanted},
+                "json_each(:states)) ORDER BY c.id LIMIT :limit",
+                {**seen.params, "states": wanted, "limit": -1 if limit is None else limit},
             ).fetchall()
         return [cube_of(row) for row in rows]
 

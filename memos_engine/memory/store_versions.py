@@ -11,6 +11,7 @@ from memos_engine.errors import MemoryInputError
 from memos_engine.memory.cube import Fact, MemCube, Provenance, time_from_text, time_to_text
 from memos_engine.memory.fact import gist_of
 from memos_engine.memory.governance import Principal, StoreKeys
+from memos_engine.memory.store_fts import insert_passage
 from memos_engine.memory.store_rows import append_audit, caller
 from memos_engine.memory.values import is_number
 
@@ -28,6 +29,7 @@ class Content:
     semantic_type: str
     fact: Fact | None
     provenance: Provenance | None
+    session: str | None = None  # of a first version; the later ones have the same
 
 
 def insert_version(
@@ -40,7 +42,8 @@ def insert_version(
     content: Content,
     now: str,
 ) -> None:
-    """Rows of a new version; the projection's gist follows. The projection's version is the caller's."""
+    """Rows of a new version and its words for search; the projection's gist follows. The projection's
+    version is the caller's."""
     key = (cube_id, version)
     fingerprint = keys.body_hmac(content.text)
     gist = keys.gist_hmac(owner, gist_of(content.text))
@@ -52,8 +55,9 @@ def insert_version(
     conn.execute("INSERT INTO cube_body VALUES (?, ?, ?, ?)", (*key, content.text, json.dumps(content.tags)))
     conn.execute("UPDATE cube SET gist = ?, closed_at = NULL WHERE id = ?", (gist, cube_id))
     fact = content.fact
+    starts = time_to_text(fact.valid_from) if fact is not None and fact.valid_from else None
+    insert_passage(conn, owner, cube_id, version, content.text, starts or now, content.session)
     if fact is not None:
-        starts = time_to_text(fact.valid_from) if fact.valid_from else None
         ends = time_to_text(fact.valid_to) if fact.valid_to else None
         conn.execute(
             "INSERT INTO fact VALUES (?, ?, ?, ?, ?, ?, ?)",

@@ -12,7 +12,8 @@ Params = dict[str, Any]
 
 _ME = "(SELECT id FROM principal WHERE tenant = :tenant AND user = :user)"
 _OWN = f"c.owner = {_ME}"
-_ALIVE = "c.state <> 'expired' AND (c.ttl_at IS NULL OR c.ttl_at > :now)"
+_THERE = "c.state <> 'expired'"
+_ALIVE = f"{_THERE} AND (c.ttl_at IS NULL OR c.ttl_at > :now)"
 _AT_MOMENT = "e.state <> 'expired' AND (c.ttl_at IS NULL OR c.ttl_at > :as_of)"
 # `at` never goes back, so that the last event by a moment is the one with the highest number.
 _PAST = (
@@ -30,7 +31,7 @@ def _names(words: tuple[str, ...]) -> str:
     return ", ".join(f"'{word}'" for word in words)
 
 
-def _others(action: str) -> str:
+def _others(action: str, alive: str) -> str:
     """Memories of others in the tenant that their visibility or a grant opens, unless a grant denies them.
 
     Each road begins with a condition of its own on an index; a common one would hide them from the planner.
@@ -54,12 +55,12 @@ def _others(action: str) -> str:
     fence = (
         "c.owner IN (SELECT id FROM principal WHERE tenant = :tenant) AND NOT EXISTS (SELECT 1 "
         f"{grants('deny', rule.denied_by)} AND g.owner = c.owner AND (g.cube_id IS NULL OR g.cube_id = c.id))"
-        f" AND {_ALIVE}"
+        f" AND {alive}"
     )
     return " OR ".join(f"({road} AND {fence})" for road in roads)
 
 
-_OTHERS = {action: _others(action) for action in RULES}
+_OTHERS = {(action, alive): _others(action, alive) for action in RULES for alive in (_THERE, _ALIVE)}
 
 
 def visible(
@@ -70,6 +71,7 @@ def visible(
     action: str = "read",
     own: bool = False,
     as_of: str | None = None,
+    outlived: bool = False,
 ) -> tuple[str, Params]:
     """The only way to rows: a condition on `cube c` that holds for what this caller may do `action` with.
 
@@ -77,7 +79,8 @@ def visible(
     visibility and the grants of `now` say. `hidden` also shows the owner those that are deleted or past
     their time to live, which only history and erasure may look at. `own` leaves others' out. With `as_of`
     the condition is on `cube_event e` too (see `View.join`), and erased memories are never shown. Only the
-    owner sees what was deleted since.
+    owner sees what was deleted since. `outlived` shows what is past its time to live, too: for caches that
+    ask the clock themselves.
     """
     if not isinstance(principal, Principal):
         raise MemoryInputError(
@@ -85,13 +88,14 @@ def visible(
         )
     # A branch is a world of its own: what is shared with its user shows in the user's own scope.
     mine = own or bool(principal.branch)
-    who = f"({_OWN})" if mine else f"({_OWN} OR {_OTHERS[action]})"
+    alive = _THERE if outlived else _ALIVE
+    who = f"({_OWN})" if mine else f"({_OWN} OR {_OTHERS[action, alive]})"
     params: Params = {"tenant": principal.tenant, "user": principal.key, "now": now}
     if as_of is not None:
         params["as_of"] = as_of
         erased = "EXISTS (SELECT 1 FROM erasure x WHERE x.cube_id = c.id)"
         return f"({who} AND {_AT_MOMENT} AND NOT {erased})", params
-    return (who if hidden else f"({who} AND {_ALIVE})"), params
+    return (who if hidden else f"({who} AND {alive})"), params
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,14 +76,19 @@ class WriteVerbs(StoreBase):
         fact: Fact | None = None,
         provenance: Provenance | None = None,
         derived_from: Iterable[str] = (),
+        session: str | None = None,
+        valid_from: datetime | None = None,
     ) -> MemCube:
         """Store a new memory; it is durable and retrievable on return.
 
-        `vector [dim]` is its embedding by `model_id`, which may follow later. A `fact` ends those of the
-        owner that it contradicts. `derived_from` names the memories that its words come from. Repeating a
-        call with the same `idempotency_key` returns the memory of the first one. Raises `MemoryInputError`,
-        `MemoryNotFoundError` (a source), `ConflictError` (that key was used for another text, or its memory
-        is gone), `StoreFullError`, `StoreError`.
+        `vector [dim]` is its embedding by `model_id`; without, it is found by its words until an embedder
+        meets it. `session` names the conversation it is from: what was said before it there is its context in
+        retrieval. `valid_from` is since when it holds (default: now), short for a `fact` that says no more. A
+        `fact` ends those of the owner that it contradicts. `derived_from` names the memories that its words
+        come from. Repeating a call with the same `idempotency_key` returns the memory of the first one.
+
+        Raises `MemoryInputError`, `MemoryNotFoundError` (a source), `ConflictError` (that key was used for
+        another text, or its memory is gone), `StoreFullError`, `StoreError`.
         """
         new = NewMemory(
             text,
@@ -101,6 +106,8 @@ class WriteVerbs(StoreBase):
             fact,
             provenance,
             derived_from,
+            session,
+            valid_from,
         )
         return self.add_many(principal, [new])[0]
 
@@ -171,6 +178,7 @@ class WriteVerbs(StoreBase):
             new.semantic_type,
             dated(new.fact, now),
             new.provenance,
+            new.session,
         )
         insert_version(conn, self.keys, principal, cube_id, 1, None, content, now)
         if vector is not None and new.model_id is not None:

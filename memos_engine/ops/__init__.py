@@ -54,6 +54,8 @@ def paged_attention(
     window: int = 0,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    k_page_scale: Tensor | None = None,
+    v_page_scale: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T * sm_scale) v over paged K and V; each row sees the keys at positions <= its own.
 
@@ -68,16 +70,17 @@ def paged_attention(
         window: when positive, a row sees only keys at positions `> q_pos - window`.
         out: where to write, like `q`; a new tensor by default.
         lse: `[tokens, heads] float32`, filled with the natural log of each row's softmax denominator.
+        k_page_scale, v_page_scale: `[blocks, page, kv_heads] float32`, of int8 pages.
 
     Returns `out`. A row that sees no key is zero and its LSE is -inf.
     """
     if _checks:
-        contracts.paged_attention(
-            q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, window, out, lse
-        )
+        pages = (k_pages, v_pages, k_page_scale, v_page_scale)
+        contracts.paged_attention(q, pages, block_table, query_start, seq_lens, q_pos, window, out, lse)
     return backend_for(q.device).paged_attention(
-        q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, sm_scale, window, out, lse
-    )
+        q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, sm_scale, window, out, lse,
+        k_page_scale=k_page_scale, v_page_scale=v_page_scale,
+    )  # fmt: skip
 
 
 def attention_probe(
@@ -93,6 +96,7 @@ def attention_probe(
     scores: Tensor,
     sm_scale: float,
     window: int = 0,
+    k_page_scale: Tensor | None = None,
 ) -> None:
     """How much attention the rows of each request pay to chosen keys, weighted; no score matrix is kept.
 
@@ -112,13 +116,13 @@ def attention_probe(
         scores: `[keys] float32`, added to in place. A key that no row sees keeps its bits.
         sm_scale: factor on the scores, that of `paged_attention`.
         window: when positive, a row sees only keys at positions `> q_pos - window`.
+        k_page_scale: `[blocks, page, kv_heads] float32` of int8 pages.
     """
+    keys = (key_slots, key_pos, key_start, weight, scores)
     if _checks:
-        contracts.attention_probe(
-            q, k_pages, query_start, q_pos, lse, key_slots, key_pos, key_start, weight, scores, window
-        )
+        contracts.attention_probe(q, (k_pages, k_page_scale), query_start, q_pos, lse, *keys, window)
     backend_for(q.device).attention_probe(
-        q, k_pages, query_start, q_pos, lse, key_slots, key_pos, key_start, weight, scores, sm_scale, window
+        q, k_pages, query_start, q_pos, lse, *keys, sm_scale, window, k_page_scale
     )
 
 
@@ -131,6 +135,8 @@ def append_kv(
     positions: Tensor,
     cos_sin: Tensor | None,
     interleaved: bool = False,
+    k_page_scale: Tensor | None = None,
+    v_page_scale: Tensor | None = None,
 ) -> None:
     """Writes new tokens into one layer's pages; K comes unrotated and is rotated on the way.
 
@@ -141,10 +147,16 @@ def append_kv(
         positions: `[tokens] int32`, for the rotation.
         cos_sin: `[max_position, rotary_dim] float32` (see `rope_table`), or None for a layer without RoPE.
         interleaved: pairs are (even, odd) channels instead of (i, i + rotary_dim / 2).
+        k_page_scale, v_page_scale: `[blocks, page, kv_heads] float32`, written in place. Pages are int8 then:
+            each head of a token, K after its rotation, is rounded to 127ths of its largest size.
     """
+    scales = (k_page_scale, v_page_scale)
     if _checks:
-        contracts.write_kv(k, v, k_pages, v_pages, slot_mapping, positions, cos_sin, layers=False)
-    backend_for(k.device).append_kv(k, v, k_pages, v_pages, slot_mapping, positions, cos_sin, interleaved)
+        pages = (k_pages, v_pages, *scales)
+        contracts.write_kv(k, v, pages, slot_mapping, positions, cos_sin, layers=False)
+    backend_for(k.device).append_kv(
+        k, v, k_pages, v_pages, slot_mapping, positions, cos_sin, interleaved, *scales
+    )
 
 
 def splice_kv(
@@ -159,6 +171,8 @@ def splice_kv(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     first_token: int = 0,
+    k_page_scale: Tensor | None = None,
+    v_page_scale: Tensor | None = None,
 ) -> None:
     """Writes a stored record into the pages of all layers, rotating K to its new positions.
 
@@ -174,12 +188,14 @@ def splice_kv(
             group `t // 64`.
         v_scale: `[layers, tokens, kv_heads] float32`, of the tokens given.
         first_token: which token of the record the first one given is.
+        k_page_scale, v_page_scale: `[layers, blocks, page, kv_heads] float32`, as in `append_kv`.
     """
-    scales = (k_scale, v_scale, first_token)
+    scales, page_scales = (k_scale, v_scale, first_token), (k_page_scale, v_page_scale)
     if _checks:
-        contracts.write_kv(src_k, src_v, k_pages, v_pages, slot_mapping, positions, cos_sin, True, *scales)
+        pages = (k_pages, v_pages, *page_scales)
+        contracts.write_kv(src_k, src_v, pages, slot_mapping, positions, cos_sin, True, *scales)
     backend_for(src_k.device).splice_kv(
-        src_k, src_v, k_pages, v_pages, slot_mapping, positions, cos_sin, interleaved, *scales
+        src_k, src_v, k_pages, v_pages, slot_mapping, positions, cos_sin, interleaved, *scales, *page_scales
     )
 
 

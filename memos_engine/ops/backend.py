@@ -57,6 +57,8 @@ class Backend(Protocol):
         lse: Tensor | None = None,
         max_query_len: int | None = None,
         dense: bool = False,
+        k_page_scale: Tensor | None = None,
+        v_page_scale: Tensor | None = None,
     ) -> Tensor: ...
 
     def attention_probe(
@@ -73,6 +75,7 @@ class Backend(Protocol):
         scores: Tensor,
         sm_scale: float,
         window: int = 0,
+        k_page_scale: Tensor | None = None,
     ) -> None: ...
 
     def append_kv(
@@ -85,6 +88,8 @@ class Backend(Protocol):
         positions: Tensor,
         cos_sin: Tensor | None,
         interleaved: bool = False,
+        k_page_scale: Tensor | None = None,
+        v_page_scale: Tensor | None = None,
     ) -> None: ...
 
     def splice_kv(
@@ -100,6 +105,8 @@ class Backend(Protocol):
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
         first_token: int = 0,
+        k_page_scale: Tensor | None = None,
+        v_page_scale: Tensor | None = None,
     ) -> None: ...
 
     def rms_norm(

@@ -16,11 +16,13 @@ from memos_engine.ops.int8_kv import GROUP
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# K and V pages, then the scales of both, where they are int8.
+Pages = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
 
 def paged_attention(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: Pages,
     block_table: Tensor,
     query_start: Tensor,
     seq_lens: Tensor,
@@ -29,8 +31,8 @@ def paged_attention(
     out: Tensor | None,
     lse: Tensor | None,
 ) -> None:
-    _pages(k_pages, v_pages, 4)
-    _queries(q, k_pages)
+    _pages(pages, 4)
+    _queries(q, pages[0])
     requests = seq_lens.shape[0] if seq_lens.dim() else -1
     _index("seq_lens", seq_lens, torch.int32, (requests,))
     _index("query_start", query_start, torch.int32, (requests + 1,))
@@ -44,12 +46,12 @@ def paged_attention(
         _like("out", out, q, "q")
     if lse is not None:
         _float32("lse", lse, q.shape[:2])
-    _devices(q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, out, lse)
+    _devices(q, *pages, block_table, query_start, seq_lens, q_pos, out, lse)
 
 
 def attention_probe(
     q: Tensor,
-    k_pages: Tensor,
+    pages: tuple[Tensor, Tensor | None],
     query_start: Tensor,
     q_pos: Tensor,
     lse: Tensor,
@@ -60,7 +62,8 @@ def attention_probe(
     scores: Tensor,
     window: int,
 ) -> None:
-    _floats("k_pages", k_pages, 4)
+    k_pages, k_page_scale = pages
+    _one_side("k", k_pages, k_page_scale, 4)
     _queries(q, k_pages)
     _index("query_start", query_start, torch.int32, (max(1, query_start.numel()),))
     _index("key_start", key_start, torch.int32, query_start.shape)
@@ -71,14 +74,13 @@ def attention_probe(
     _float32("weight", weight, (key_slots.shape[0], k_pages.shape[2]))
     _float32("scores", scores, key_slots.shape)
     _window(window)
-    _devices(q, k_pages, query_start, q_pos, lse, key_slots, key_pos, key_start, weight, scores)
+    _devices(q, *pages, query_start, q_pos, lse, key_slots, key_pos, key_start, weight, scores)
 
 
 def write_kv(
     k: Tensor,
     v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: Pages,
     slot_mapping: Tensor,
     positions: Tensor,
     cos_sin: Tensor | None,
@@ -96,7 +98,8 @@ def write_kv(
     else:
         _floats("k", k, 3 + extra)
         _like("v", v, k, "k")
-    _pages(k_pages, v_pages, 4 + extra)
+    _pages(pages, 4 + extra)
+    k_pages = pages[0]
     if k.shape[-2:] != k_pages.shape[-2:] or (layers and k.shape[0] != k_pages.shape[0]):
         _fail(f"k {list(k.shape)} does not fit pages {list(k_pages.shape)} (layers, kv_heads, head_dim)")
     tokens = k.shape[extra]
@@ -104,7 +107,7 @@ def write_kv(
     _index("positions", positions, torch.int32, (tokens,))
     if cos_sin is not None:
         _table(cos_sin, k.shape[-1])
-    _devices(k, v, k_pages, v_pages, slot_mapping, positions, cos_sin, k_scale, v_scale)
+    _devices(k, v, *pages, slot_mapping, positions, cos_sin, k_scale, v_scale)
 
 
 def _int8_sources(k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor, first_token: int) -> None:
@@ -199,9 +202,32 @@ def _like(name: str, tensor: Tensor, model: Tensor, model_name: str) -> None:
         )
 
 
-def _pages(k_pages: Tensor, v_pages: Tensor, dims: int) -> None:
-    _floats("k_pages", k_pages, dims)
-    _like("v_pages", v_pages, k_pages, "k_pages")
+def _pages(pages: Pages, dims: int) -> None:
+    k_pages, v_pages, k_page_scale, v_page_scale = pages
+    _one_side("k", k_pages, k_page_scale, dims)
+    if v_pages.dtype != k_pages.dtype or v_pages.shape != k_pages.shape:
+        _fail(
+            f"v_pages must have k_pages's shape and dtype, {k_pages.dtype} {list(k_pages.shape)}, "
+            f"not {v_pages.dtype} {list(v_pages.shape)}"
+        )
+    _one_side("v", v_pages, v_page_scale, dims)
+
+
+def _one_side(side: str, pages: Tensor, scale: Tensor | None, dims: int) -> None:
+    """Pages of K or V: floats, or int8 with a scale for each token and head."""
+    if pages.dtype != torch.int8:
+        _floats(f"{side}_pages", pages, dims)
+        if scale is not None:
+            _fail(f"{side}_page_scale belongs to int8 pages, not to {pages.dtype}")
+        return
+    _layout(f"{side}_pages", pages, dims)
+    name, shape = f"{side}_page_scale", pages.shape[:-1]
+    if scale is None:
+        _fail(f"int8 pages need {name}, float32 {list(shape)}")
+    if scale.dtype != torch.float32 or scale.shape != shape:
+        _fail(f"{name} must be float32 {list(shape)}, not {scale.dtype} {list(scale.shape)}")
+    if not (scale if dims == 4 else scale[:1]).is_contiguous():
+        _fail(f"{name} must be contiguous within a layer")
 
 
 def _queries(q: Tensor, k_pages: Tensor) -> None:

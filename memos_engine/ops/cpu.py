@@ -5,39 +5,40 @@ Dtypes that the native code does not know (float64) and layouts that it does not
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 import torch
 from torch import Tensor, get_num_threads
 
-from memos_engine.errors import KernelContractError, MemosEngineError
+from memos_engine.errors import MemosEngineError
 from memos_engine.ops import reference
-from memos_engine.ops.int8_kv import NO_SCALES, native_arguments
+from memos_engine.ops.cpu_kv import append_kv, splice_kv
+from memos_engine.ops.cpu_native import DTYPES, PAGE_DTYPES, check_status, native
+
+__all__ = [
+    "append_kv",
+    "attention_probe",
+    "available",
+    "isa",
+    "linear",
+    "native_linear",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "select_isa",
+    "silu_mul",
+    "splice_kv",
+]
 
 NAME = "native"
-native: Any = importlib.import_module("memos_engine._cpu")
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Rows of x for which the native product was faster than torch's (`docs/benchmarks.md`); float32 with fewer
-# rows is a tie. On AMX tiles bfloat16 wins up to a few hundred rows, where torch's own tiles catch up.
-_AMX_ROWS = 256
-_PAIR_ROWS = 32  # the same with instructions for pairs of bfloat16
+# rows is a tie. Where pairs of bfloat16 are multiplied, 16 rows and more are tiles, for shapes that divide
+# into them; with more than a few hundred rows torch catches up.
+_TILE_ROWS = 256
+_PAIR_ROWS = 32  # whatever the shape
 _NATIVE_ROWS = {torch.float32: range(4, 9), torch.bfloat16: range(1, 5), torch.float16: range(1, 5)}
-_MESSAGES = {
-    1: "query_start must ascend from 0 and stay within the rows of q",
-    2: "a request sees more keys than its row of block_table has blocks for",
-    3: "block_table names a block outside the pages",
-    4: "slot_mapping names a slot outside the pages",
-    5: "a position is negative or has no row in cos_sin; build a longer table with ops.rope_table",
-    6: "key_start must ascend from 0 and stay within key_slots",
-    7: "key_slots names a slot outside the pages",
-    8: "k_scale has no group for some token; first_token counts from the record's beginning",
-}
 
 
-_amx = False  # whether the level in use has tiles
-_pairs = False  # whether it multiplies pairs of bfloat16
+_pairs = False  # whether the level in use multiplies pairs of bfloat16
 
 
 def available() -> list[str]:
@@ -65,8 +66,8 @@ def select_isa(name: str) -> None:
         raise MemosEngineError(
             f"MEMOS_ENGINE_CPU_ISA={wanted} {why}; choose one of {', '.join(['reference', *levels])}"
         )
-    global _amx, _pairs
-    _amx, _pairs = wanted == "amx", wanted in ("amx", "avx512bf16")
+    global _pairs
+    _pairs = wanted in ("amx", "avx512bf16")
 
 
 def paged_attention(
@@ -83,12 +84,15 @@ def paged_attention(
     lse: Tensor | None = None,
     max_query_len: int | None = None,
     dense: bool = False,
+    k_page_scale: Tensor | None = None,
+    v_page_scale: Tensor | None = None,
 ) -> Tensor:
-    q_dtype, kv_dtype = DTYPES.get(q.dtype), DTYPES.get(k_pages.dtype)
+    q_dtype, kv_dtype = DTYPES.get(q.dtype), PAGE_DTYPES.get(k_pages.dtype)
     if q_dtype is None or kv_dtype is None:
         return reference.paged_attention(
-            q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, sm_scale, window, out, lse
-        )
+            q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, sm_scale, window, out, lse,
+            k_page_scale=k_page_scale, v_page_scale=v_page_scale,
+        )  # fmt: skip
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype)
     tokens, heads, dim = q.shape
@@ -122,6 +126,8 @@ def paged_attention(
             *v_pages.stride()[:3],
             window,
             sm_scale,
+            0 if k_page_scale is None else k_page_scale.data_ptr(),
+            0 if v_page_scale is None else v_page_scale.data_ptr(),
             get_num_threads(),
         )
     )
@@ -141,22 +147,13 @@ def attention_probe(
     scores: Tensor,
     sm_scale: float,
     window: int = 0,
+    k_page_scale: Tensor | None = None,
 ) -> None:
-    q_dtype, kv_dtype = DTYPES.get(q.dtype), DTYPES.get(k_pages.dtype)
+    q_dtype, kv_dtype = DTYPES.get(q.dtype), PAGE_DTYPES.get(k_pages.dtype)
     if q_dtype is None or kv_dtype is None:
+        keys = (key_slots, key_pos, key_start, weight, scores)
         return reference.attention_probe(
-            q,
-            k_pages,
-            query_start,
-            q_pos,
-            lse,
-            key_slots,
-            key_pos,
-            key_start,
-            weight,
-            scores,
-            sm_scale,
-            window,
+            q, k_pages, query_start, q_pos, lse, *keys, sm_scale, window, k_page_scale
         )
     tokens, heads, dim = q.shape
     blocks, page, kv_heads, _ = k_pages.shape
@@ -186,95 +183,10 @@ def attention_probe(
             *k_pages.stride()[:3],
             window,
             sm_scale,
+            0 if k_page_scale is None else k_page_scale.data_ptr(),
             get_num_threads(),
         )
     )
-
-
-def append_kv(
-    k: Tensor,
-    v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slot_mapping: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor | None,
-    interleaved: bool = False,
-) -> None:
-    written = _write((k, v, k_pages, v_pages), 1, (0, 0, 0, 0), slot_mapping, positions, cos_sin, interleaved)
-    if not written:
-        reference.append_kv(k, v, k_pages, v_pages, slot_mapping, positions, cos_sin, interleaved)
-
-
-def splice_kv(
-    src_k: Tensor,
-    src_v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slot_mapping: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor | None,
-    interleaved: bool = False,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    first_token: int = 0,
-) -> None:
-    tensors = (src_k, src_v, k_pages, v_pages)
-    strides = (src_k.stride(0), src_v.stride(0), k_pages.stride(0), v_pages.stride(0))
-    rest = (slot_mapping, positions, cos_sin, interleaved)
-    scales = native_arguments(k_scale, v_scale, first_token)
-    if not _write(tensors, src_k.shape[0], strides, *rest, scales):
-        reference.splice_kv(*tensors, *rest, k_scale, v_scale, first_token)
-
-
-def _write(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    layers: int,
-    layer_strides: tuple[int, int, int, int],
-    slot_mapping: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor | None,
-    interleaved: bool,
-    scales: tuple[int, ...] = NO_SCALES,
-) -> bool:
-    """Both writers; False when a dtype is not the native code's. With scales, sources are int8."""
-    k, v, k_pages, v_pages = tensors
-    src_dtype, page_dtype = 0 if scales[0] else DTYPES.get(k.dtype), DTYPES.get(k_pages.dtype)
-    if src_dtype is None or page_dtype is None:
-        return False
-    tokens, kv_heads, dim = k.shape[-3:]
-    check_status(
-        native.write_kv(
-            k.data_ptr(),
-            v.data_ptr(),
-            k_pages.data_ptr(),
-            v_pages.data_ptr(),
-            slot_mapping.data_ptr(),
-            positions.data_ptr(),
-            0 if cos_sin is None else cos_sin.data_ptr(),
-            src_dtype,
-            page_dtype,
-            layers,
-            tokens,
-            kv_heads,
-            dim,
-            k_pages.shape[-4],
-            k_pages.shape[-3],
-            *((0, 0) if cos_sin is None else cos_sin.shape),
-            layer_strides[0],
-            *k.stride()[-3:-1],
-            layer_strides[1],
-            *v.stride()[-3:-1],
-            layer_strides[2],
-            *k_pages.stride()[-4:-1],
-            layer_strides[3],
-            *v_pages.stride()[-4:-1],
-            interleaved,
-            *scales,
-            get_num_threads(),
-        )
-    )
-    return True
 
 
 def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool = False) -> None:
@@ -349,9 +261,10 @@ def linear(x: Tensor, weight: Tensor, out: Tensor | None = None, scale: Tensor |
             if x.dtype in DTYPES
             else reference.linear(x, weight, out, scale)
         )
-    tiles = _amx and x.dtype == torch.bfloat16 and inputs % 32 == 0 and weight.shape[0] % 16 == 0
-    pairs = _pairs and x.dtype == torch.bfloat16 and 0 < rows <= _PAIR_ROWS
-    if pairs or rows in _NATIVE_ROWS.get(x.dtype, ()) or (tiles and 0 < rows <= _AMX_ROWS):
+    most = 0
+    if _pairs and x.dtype == torch.bfloat16:
+        most = _TILE_ROWS if inputs % 32 == 0 and weight.shape[0] % 16 == 0 else _PAIR_ROWS
+    if 0 < rows <= most or rows in _NATIVE_ROWS.get(x.dtype, ()):
         return native_linear(x, weight, out)
     return reference.linear(x, weight, out)
 
@@ -377,8 +290,3 @@ def native_linear(
     )
     check_status(status)
     return out
-
-
-def check_status(status: int) -> None:
-    if status:
-        raise KernelContractError(f"{_MESSAGES[status]} (docs/kernels.md has the contract)")

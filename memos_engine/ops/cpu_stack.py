@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, get_num_threads
 
-from memos_engine.ops.cpu import DTYPES, check_status, isa, native
+from memos_engine.ops.cpu import isa
+from memos_engine.ops.cpu_native import DTYPES, PAGE_DTYPES, check_status, native
+from memos_engine.ops.int8_kv import page_arguments
 from memos_engine.ops.stack import LayerStack, StackLayer
 
 # Rows up to which one call was faster than torch's products for each op (docs/benchmarks.md).
@@ -27,16 +29,20 @@ class CpuStack:
         final_norm: Tensor,
         eps: float,
         sm_scale: float,
+        dtype: torch.dtype,
         k_pages: Tensor,
         v_pages: Tensor,
+        k_page_scale: Tensor | None,
+        v_page_scale: Tensor | None,
     ) -> None:
         first = layers[0]
         dim = k_pages.shape[-1]
-        self.max_rows = _MAX_ROWS[k_pages.dtype] if first.q_scale is None else _INT8_ROWS
-        self._kept = (layers, final_norm, k_pages, v_pages)  # what the pointers lead to
+        self.max_rows = _MAX_ROWS[dtype] if first.q_scale is None else _INT8_ROWS
+        # What the pointers lead to.
+        self._kept = (layers, final_norm, k_pages, v_pages, k_page_scale, v_page_scale)
         self._stack = native.Stack(
             final_norm.data_ptr(),
-            DTYPES[k_pages.dtype],
+            DTYPES[dtype],
             DTYPES[final_norm.dtype],
             first.q.shape[1],
             first.gate.shape[0],
@@ -49,6 +55,8 @@ class CpuStack:
             v_pages.data_ptr(),
             *k_pages.shape[1:3],
             [*k_pages.stride()[:4], *v_pages.stride()[:4]],
+            PAGE_DTYPES[k_pages.dtype],
+            *page_arguments(k_page_scale, v_page_scale),
         )
         for layer in layers:
             parts = [getattr(layer, name) for name in _PARTS]
@@ -94,11 +102,20 @@ def layer_stack(
     sm_scale: float,
     k_pages: Tensor,
     v_pages: Tensor,
+    k_page_scale: Tensor | None = None,
+    v_page_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> LayerStack | None:
     """A plan over these weights and pages `[layers, blocks, page, kv_heads, head_dim]`; None where the native
-    code does not take their dtypes, shapes or layout."""
-    dtype, norm_dtype = k_pages.dtype, final_norm.dtype
-    if dtype not in DTYPES or norm_dtype not in DTYPES or v_pages.dtype != dtype:
+    code does not take their dtypes, shapes or layout.
+
+    Pages of int8 have scales `[layers, blocks, page, kv_heads] float32`; dtype is then that of hidden states.
+    """
+    dtype, norm_dtype = dtype or k_pages.dtype, final_norm.dtype
+    page_dtype = dtype if k_page_scale is None else torch.int8
+    if dtype not in DTYPES or norm_dtype not in DTYPES:
+        return None
+    if k_pages.dtype != page_dtype or v_pages.dtype != page_dtype:
         return None
     hidden, heads = layers[0].q.shape[1], k_pages.shape[-2:]
     for layer in layers:
@@ -122,4 +139,5 @@ def layer_stack(
             return None  # q, k and v share one packed x: all of them or none on tiles
         if layer.k.shape[0] != heads.numel() or layer.q.shape != (layer.o.shape[1], hidden):
             return None
-    return CpuStack(layers, final_norm, eps, sm_scale, k_pages, v_pages)
+    pages = (k_pages, v_pages, k_page_scale, v_page_scale)
+    return CpuStack(layers, final_norm, eps, sm_scale, dtype, *pages)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memos_engine.ops import dense as dense_ops
 from memos_engine.ops import reference
-from memos_engine.ops.int8_kv import NO_SCALES, native_arguments
+from memos_engine.ops.int8_kv import NO_SCALES, dequantize_v, native_arguments, page_arguments
 from memos_engine.ops.reference import linear
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
 def _load_native() -> Any:
@@ -96,29 +96,40 @@ def paged_attention(
     lse: Tensor | None = None,
     max_query_len: int | None = None,
     dense: bool = False,
+    k_page_scale: Tensor | None = None,
+    v_page_scale: Tensor | None = None,
 ) -> Tensor:
     """As `ops.backend.Backend.paged_attention`; a library for dense prefill may serve `dense`."""
     args = (q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, sm_scale, window, out, lse)
     if dense and lse is None:
-        result = _dense(q, k_pages, v_pages, block_table, sm_scale, window)
+        sides = (k_pages, k_page_scale), (v_pages, v_page_scale)
+        result = _dense(q, sides, block_table, sm_scale, window)
         if result is not None:
             return result if out is None else out.copy_(result)
-    ops = _triton_for(q, k_pages)
-    if ops is reference:
-        return reference.paged_attention(*args)
-    attended: Tensor = ops.paged_attention(*args, max_query_len)
+    attended: Tensor = _triton_for(q, k_pages).paged_attention(
+        *args, max_query_len, k_page_scale=k_page_scale, v_page_scale=v_page_scale
+    )
     return attended
 
 
 def _dense(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, sm_scale: float, window: int
+    q: Tensor,
+    sides: tuple[tuple[Tensor, Tensor | None], ...],
+    block_table: Tensor,
+    sm_scale: float,
+    window: int,
 ) -> Tensor | None:
-    """The one request's keys out of their pages, then the library."""
+    """The one request's keys out of their pages, then the library. sides: K and V, each pages and scale."""
     if dense_ops.available() is None:
         return None
-    tokens, page = q.shape[0], k_pages.shape[1]
+    tokens, page = q.shape[0], sides[0][0].shape[1]
     blocks = block_table[0, : -(-tokens // page)].long()
-    k, v = (pages[blocks].flatten(0, 1)[:tokens] for pages in (k_pages, v_pages))
+
+    def read(pages: Tensor, scale: Tensor | None) -> Tensor:
+        values = pages[blocks] if scale is None else dequantize_v(pages[blocks], scale[blocks]).to(q.dtype)
+        return values.flatten(0, 1)[:tokens]
+
+    k, v = (read(*side) for side in sides)
     return dense_ops.dense_prefill(q, k, v, sm_scale, window)
 
 
@@ -136,9 +147,11 @@ def attention_probe(
     scores: Tensor,
     sm_scale: float,
     window: int = 0,
+    k_page_scale: Tensor | None = None,
 ) -> None:
+    keys = (key_slots, key_pos, key_start, weight, scores)
     _triton_for(q, k_pages).attention_probe(
-        q, k_pages, query_start, q_pos, lse, key_slots, key_pos, key_start, weight, scores, sm_scale, window
+        q, k_pages, query_start, q_pos, lse, *keys, sm_scale, window, k_page_scale
     )
 
 
@@ -171,13 +184,16 @@ def append_kv(
     positions: Tensor,
     cos_sin: Tensor | None,
     interleaved: bool = False,
+    k_page_scale: Tensor | None = None,
+    v_page_scale: Tensor | None = None,
 ) -> None:
-    ops = _triton_for(k, k_pages)
+    ops, page_scales = _triton_for(k, k_pages), (k_page_scale, v_page_scale)
     if _native and ops is _triton:
         tensors = (k.unsqueeze(0), v.unsqueeze(0), k_pages.unsqueeze(0), v_pages.unsqueeze(0))
-        _write(_native.append_kv, tensors, slot_mapping, positions, cos_sin, interleaved)
+        scales = (*NO_SCALES, *page_arguments(*page_scales))
+        _write(_native.append_kv, tensors, slot_mapping, positions, cos_sin, interleaved, scales)
     else:
-        ops.append_kv(k, v, k_pages, v_pages, slot_mapping, positions, cos_sin, interleaved)
+        ops.append_kv(k, v, k_pages, v_pages, slot_mapping, positions, cos_sin, interleaved, *page_scales)
 
 
 @_on_its_device
@@ -193,13 +209,16 @@ def splice_kv(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     first_token: int = 0,
+    k_page_scale: Tensor | None = None,
+    v_page_scale: Tensor | None = None,
 ) -> None:
-    ops = _triton_for(k_pages) if k_scale is not None else _triton_for(src_k, k_pages)
+    ops, page_scales = _triton_for(src_k, k_pages), (k_page_scale, v_page_scale)
     tensors, rest = (src_k, src_v, k_pages, v_pages), (slot_mapping, positions, cos_sin, interleaved)
     if _native and ops is _triton:
-        _write(_native.splice_kv, tensors, *rest, native_arguments(k_scale, v_scale, first_token))
+        scales = (*native_arguments(k_scale, v_scale, first_token), *page_arguments(*page_scales))
+        _write(_native.splice_kv, tensors, *rest, scales)
     else:
-        ops.splice_kv(*tensors, *rest, k_scale, v_scale, first_token)
+        ops.splice_kv(*tensors, *rest, k_scale, v_scale, first_token, *page_scales)
 
 
 def _write(
@@ -209,9 +228,10 @@ def _write(
     positions: Tensor,
     cos_sin: Tensor | None,
     interleaved: bool,
-    scales: tuple[int, ...] = NO_SCALES,
+    scales: tuple[int, ...],
 ) -> None:
-    """Launches on the current stream of the tensors' device; all four tensors have a layer dimension."""
+    """Launches on the current stream of the tensors' device; all four tensors have a layer dimension. scales:
+    of int8 sources, then of pages."""
     k, _, k_pages, _ = tensors
     layers, tokens, kv_heads, dim = k.shape
     launch(
@@ -219,7 +239,7 @@ def _write(
         slot_mapping.data_ptr(),
         positions.data_ptr(),
         0 if cos_sin is None else cos_sin.data_ptr(),
-        _DTYPES.get(k.dtype, 0),  # int8 is told by its scales
+        0 if scales[0] else _DTYPES[k.dtype],  # int8 is told by its scales
         _DTYPES[k_pages.dtype],
         layers,
         tokens,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memos_engine.ops.int8_kv import dequantize_k, dequantize_v
+from memos_engine.ops.int8_kv import dequantize_k, dequantize_v, quantize_heads
 
 NAME = "reference"
 
@@ -39,6 +39,8 @@ def paged_attention(
     lse: Tensor | None = None,
     max_query_len: int | None = None,
     dense: bool = False,
+    k_page_scale: Tensor | None = None,
+    v_page_scale: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T * sm_scale) v over paged keys, one request after the other."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
@@ -51,7 +53,8 @@ def paged_attention(
         # Nothing behind the last visible key is read: those slots may hold anything, NaN too.
         seen = max(0, min(length, int(positions.max()) + 1))
         blocks = block_table[request, : -(-seen // k_pages.shape[1])].long()
-        k, v = (pages[blocks].flatten(0, 1)[:seen] for pages in (k_pages, v_pages))
+        sides = (k_pages, k_page_scale), (v_pages, v_page_scale)
+        k, v = (_read(pages, scale, blocks, q).flatten(0, 1)[:seen] for pages, scale in sides)
         keys = torch.arange(seen, device=q.device)
         visible = keys <= positions[:, None]
         if window > 0:
@@ -64,17 +67,17 @@ def paged_attention(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sm_scale: float) -> tuple[Tensor, Tensor]:
-    """One request: `q [rows, heads, dim]`, `k, v [keys, kv_heads, dim]`, `visible [rows, keys]`."""
+    """One request: `q [rows, heads, dim]`, `k, v [keys, kv_heads, dim]` as `_read` gives them, and `visible
+    [rows, keys]`."""
     rows, heads, dim = q.shape
     kv_heads = k.shape[1]
-    q, k, v = (_upcast(t) for t in (q, k, v))
-    grouped = q.view(rows, kv_heads, heads // kv_heads, dim)
-    scores = torch.einsum("rhgd,khd->rhgk", grouped, k.to(q.dtype)) * sm_scale
+    grouped = _upcast(q).view(rows, kv_heads, heads // kv_heads, dim)
+    scores = torch.einsum("rhgd,khd->rhgk", grouped, k) * sm_scale
     scores = scores.masked_fill(~visible[:, None, None, :], float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
     # A row that sees nothing has lse -inf; exp(-inf - 0) then gives it zeros instead of NaN.
     weights = torch.exp(scores - torch.where(lse.isinf(), 0.0, lse)[..., None])
-    result = torch.einsum("rhgk,khd->rhgd", weights, v.to(q.dtype))
+    result = torch.einsum("rhgk,khd->rhgd", weights, v)
     return result.reshape(rows, heads, dim), lse.reshape(rows, heads)
 
 
@@ -91,6 +94,7 @@ def attention_probe(
     scores: Tensor,
     sm_scale: float,
     window: int = 0,
+    k_page_scale: Tensor | None = None,
 ) -> None:
     """Adds to `scores` what the rows of each request pay to its keys, one request after the other."""
     rows_at, keys_at, page = query_start.tolist(), key_start.tolist(), k_pages.shape[1]
@@ -105,7 +109,7 @@ def attention_probe(
         # What no row sees is not read: it may hold anything, NaN too.
         seen = visible.any(0)
         keys, visible = keys[seen], visible[:, seen]
-        k = k_pages[key_slots[keys] // page, key_slots[keys] % page]
+        k = _read(k_pages, k_page_scale, (key_slots[keys] // page, key_slots[keys] % page), q)
         paid = _paid(q[rows], k, lse[rows], visible, sm_scale)
         scores[keys] += (paid * weight[keys]).sum(1).to(scores.dtype)
 
@@ -116,10 +120,16 @@ def _paid(q: Tensor, k: Tensor, lse: Tensor, visible: Tensor, sm_scale: float) -
     rows, heads, dim = q.shape
     kv_heads = k.shape[1]
     grouped = _upcast(q).view(rows, kv_heads, heads // kv_heads, dim)
-    scores = torch.einsum("rhgd,khd->rhgk", grouped, k.to(grouped.dtype)) * sm_scale
+    scores = torch.einsum("rhgd,khd->rhgk", grouped, k) * sm_scale
     lse = lse.to(grouped.dtype).view(*grouped.shape[:3], 1)
     hidden = ~visible[:, None, None, :] | (lse == float("-inf"))
     return torch.exp(scores - lse).masked_fill(hidden, 0).sum((0, 2)).T
+
+
+def _read(pages: Tensor, scale: Tensor | None, at: Tensor | tuple[Tensor, Tensor], q: Tensor) -> Tensor:
+    """`pages[at]` in the dtype to compute in, int8 ones times their `scale [blocks, page, kv_heads]`."""
+    values = pages[at].to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return values if scale is None else values * scale[at].to(values.dtype)[..., None]
 
 
 def append_kv(
@@ -131,13 +141,19 @@ def append_kv(
     positions: Tensor,
     cos_sin: Tensor | None,
     interleaved: bool = False,
+    k_page_scale: Tensor | None = None,
+    v_page_scale: Tensor | None = None,
 ) -> None:
     """Rotates new tokens' K and writes K and V into one layer's pages."""
     page = k_pages.shape[1]
     kept = slot_mapping >= 0
     blocks, offsets = slot_mapping[kept] // page, slot_mapping[kept] % page
-    k_pages[blocks, offsets] = _rotate(k[kept], positions[kept], cos_sin, interleaved).to(k_pages.dtype)
-    v_pages[blocks, offsets] = v[kept].to(v_pages.dtype)
+    rotated = _rotate(k[kept], positions[kept], cos_sin, interleaved)
+    for x, pages, scale in ((rotated, k_pages, k_page_scale), (v[kept], v_pages, v_page_scale)):
+        if scale is None:
+            pages[blocks, offsets] = x.to(pages.dtype)
+        else:
+            pages[blocks, offsets], scale[blocks, offsets] = quantize_heads(x)
 
 
 def splice_kv(
@@ -152,6 +168,8 @@ def splice_kv(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     first_token: int = 0,
+    k_page_scale: Tensor | None = None,
+    v_page_scale: Tensor | None = None,
 ) -> None:
     """Writes stored, unrotated K and V of all layers: `append_kv` layer by layer."""
     for layer in range(src_k.shape[0]):
@@ -167,6 +185,8 @@ def splice_kv(
             positions,
             cos_sin,
             interleaved,
+            None if k_page_scale is None else k_page_scale[layer],
+            None if v_page_scale is None else v_page_scale[layer],
         )
 
 

@@ -21,11 +21,14 @@ LIBRARY = torch.library.Library("memos_engine", "FRAGMENT")  # type: ignore[no-u
 
 _ATTENTION = (
     "Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor query_start, Tensor seq_lens, "
-    "Tensor q_pos, float sm_scale, int window"
+    "Tensor q_pos, float sm_scale, int window=0"
 )
+_READ_SCALES = "Tensor? k_page_scale=None, Tensor? v_page_scale=None"
+_WRITE_SCALES = "Tensor(c!)? k_page_scale=None, Tensor(d!)? v_page_scale=None"
 _PROBE = (
     "Tensor q, Tensor k_pages, Tensor query_start, Tensor q_pos, Tensor lse, Tensor key_slots, "
-    "Tensor key_pos, Tensor key_start, Tensor weight, Tensor(a!) scores, float sm_scale, int window"
+    "Tensor key_pos, Tensor key_start, Tensor weight, Tensor(a!) scores, float sm_scale, int window=0, "
+    "Tensor? k_page_scale=None"
 )
 _WRITE = (
     "Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slot_mapping, Tensor positions, Tensor? cos_sin, "
@@ -61,10 +64,44 @@ def _paged_attention_out(
     q_pos: Tensor,
     sm_scale: float,
     window: int = 0,
+    k_page_scale: Tensor | None = None,
+    v_page_scale: Tensor | None = None,
 ) -> None:
-    ops.paged_attention(
-        q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, sm_scale, window, out, lse
-    )
+    args = (q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, sm_scale, window)
+    ops.paged_attention(*args, out, lse, k_page_scale, v_page_scale)
+
+
+def _paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    q_pos: Tensor,
+    sm_scale: float,
+    window: int = 0,
+    k_page_scale: Tensor | None = None,
+    v_page_scale: Tensor | None = None,
+) -> Tensor:
+    args = (q, k_pages, v_pages, block_table, query_start, seq_lens, q_pos, sm_scale, window)
+    return ops.paged_attention(*args, k_page_scale=k_page_scale, v_page_scale=v_page_scale)
+
+
+def _splice_kv(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_mapping: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor | None,
+    interleaved: bool = False,
+    k_page_scale: Tensor | None = None,
+    v_page_scale: Tensor | None = None,
+) -> None:
+    args = (k, v, k_pages, v_pages, slot_mapping, positions, cos_sin, interleaved)
+    ops.splice_kv(*args, k_page_scale=k_page_scale, v_page_scale=v_page_scale)
 
 
 def _splice_kv_int8(
@@ -79,10 +116,11 @@ def _splice_kv_int8(
     cos_sin: Tensor | None,
     interleaved: bool = False,
     first_token: int = 0,
+    k_page_scale: Tensor | None = None,
+    v_page_scale: Tensor | None = None,
 ) -> None:
-    ops.splice_kv(
-        k, v, k_pages, v_pages, slot_mapping, positions, cos_sin, interleaved, k_scale, v_scale, first_token
-    )
+    args = (k, v, k_pages, v_pages, slot_mapping, positions, cos_sin, interleaved)
+    ops.splice_kv(*args, k_scale, v_scale, first_token, k_page_scale, v_page_scale)
 
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -93,19 +131,19 @@ def _linear_fake(x: Tensor, weight: Tensor) -> Tensor:
     return torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
 
 
-_define(f"paged_attention({_ATTENTION}=0) -> Tensor", ops.paged_attention, _like_first)
+_define(f"paged_attention({_ATTENTION}, {_READ_SCALES}) -> Tensor", _paged_attention, _like_first)
 _define(
     "paged_attention_out(Tensor q, Tensor(a!) out, Tensor(b!)? lse, "
-    f"{_ATTENTION.removeprefix('Tensor q, ')}=0) -> ()",
+    f"{_ATTENTION.removeprefix('Tensor q, ')}, {_READ_SCALES}) -> ()",
     _paged_attention_out,
     _nothing,
 )
-_define(f"attention_probe({_PROBE}=0) -> ()", ops.attention_probe, _nothing)
-_define(f"append_kv(Tensor k, Tensor v, {_WRITE}) -> ()", ops.append_kv, _nothing)
-_define(f"splice_kv(Tensor k, Tensor v, {_WRITE}) -> ()", ops.splice_kv, _nothing)
+_define(f"attention_probe({_PROBE}) -> ()", ops.attention_probe, _nothing)
+_define(f"append_kv(Tensor k, Tensor v, {_WRITE}, {_WRITE_SCALES}) -> ()", ops.append_kv, _nothing)
+_define(f"splice_kv(Tensor k, Tensor v, {_WRITE}, {_WRITE_SCALES}) -> ()", _splice_kv, _nothing)
 _define(
-    f"splice_kv_int8(Tensor k, Tensor v, Tensor k_scale, Tensor v_scale, {_WRITE}, SymInt first_token=0) "
-    "-> ()",
+    f"splice_kv_int8(Tensor k, Tensor v, Tensor k_scale, Tensor v_scale, {_WRITE}, SymInt first_token=0, "
+    f"{_WRITE_SCALES}) -> ()",
     _splice_kv_int8,
     _nothing,
 )

@@ -13,22 +13,21 @@ from memos_engine.bench.records import Stores
 
 from memos_engine.decoder.sequence import TextSpan
 from memos_engine.errors import MemosEngineError
-from memos_engine.neutral import left_contexts
 
 
 @pytest.fixture(scope="module")
 def make_case(engine, data):
     """make_case(spans=None) -> Case of the data's first prompt, or of other memories."""
-    stores = Stores(engine.decoder, engine.layout.anchor, left_contexts(engine.layout, sizes=(1, 2)))
     dataset = xquad.load("xquad_en", data)
+    stores = Stores(engine.decoder, engine.layout, xquad.memory_spans(dataset, engine.layout, 3))
     (first,) = xquad.prompts(dataset, engine.layout, 3, Options(seed=5), 1)
 
     def make(spans=None):
         spans = spans or first.memories
         ids = (*engine.layout.anchor, *(t for span in spans for t in span), *first.query)
         (reference,) = forced.references(engine.decoder, [ids], engine.eos_token_ids)
-        kept = stores.anchored(spans), stores.stored(spans)
-        return splicing.Case(engine.decoder, stores.anchor, kept[0], first.query, reference, "k", kept[1])
+        kept = stores.anchored(spans), stores.stored(spans), stores.neutral(spans)
+        return splicing.Case(engine.decoder, stores.anchor, kept[0], first.query, reference, "k", *kept[1:])
 
     return make
 
@@ -156,9 +155,9 @@ def test_plans_are_scored_alike_alone_and_together(make_case, monkeypatch):
 
 def test_records_leave_the_cache_when_room_is_short(engine):
     spans = [engine.layout.memory(f"Number {i}.") for i in range(4)]
-    stores = Stores(engine.decoder, engine.layout.anchor, [(5, 6)])
+    stores = Stores(engine.decoder, engine.layout, spans)
     (record,) = stores.anchored(spans[:1])
-    small = Stores(engine.decoder, engine.layout.anchor, [(5, 6)], nbytes=2 * record.nbytes)
+    small = Stores(engine.decoder, engine.layout, spans, nbytes=2 * record.nbytes)
     (first,) = small.anchored(spans[:1])
     assert small.anchored(spans[:1])[0] is first
     assert len(small.anchored(spans)) == 4  # more than it keeps

@@ -17,8 +17,9 @@ from memos_engine.config import ConfigError
 from memos_engine.profile import load_profile
 
 KEYS = {
-    "method", "recompute", "memories", "kl_mean", "kl_low", "kl_high", "kl_p99", "kl_token1", "top1",
-    "answer_f1", "f1_low", "f1_high", "answer_contains", "mean_recomputed", "n", "samples",
+    "method", "recompute", "memories", "kl_mean", "kl_low", "kl_high", "kl_p99", "kl_token1", "kl_tokens",
+    "top1", "top1_tokens", "answer_f1", "f1_low", "f1_high", "answer_contains", "mean_recomputed",
+    "n", "samples",
 }  # fmt: skip
 
 
@@ -31,10 +32,10 @@ def test_rows_differences_and_controls(options):
     assert document["complete"]
     assert "samples" not in document
     assert [(done, total) for _, done, total in seen] == [(i, 5) for i in range(1, 6)]
-    # The engine has a row at each share, in both dtypes; the one at 0 stands for it here.
+    # The engine has a row at each share, with int8 and neutral contexts too; the one at 0 stands for it here.
     rows = {row["method"]: row for row in reversed(document["rows"])}
     assert set(rows) == {*(m.name for m in methods), "full_bf16"}
-    assert len(document["rows"]) == len(rows) + 2
+    assert len(document["rows"]) == len(rows) + 3
     for row in document["rows"]:
         assert set(row) == KEYS
         assert row["n"] == len(row["samples"]) == 5
@@ -58,7 +59,7 @@ def test_rows_differences_and_controls(options):
 
 def test_methods_can_be_chosen_by_name(options):
     document = quality.run(replace(options, n=1, methods=("memos_engine", "none")))
-    assert {row["method"] for row in document["rows"]} == {"memos_engine", "none", "full_bf16"}
+    assert {row["method"] for row in document["rows"]} == {"memos_engine", "none"}
     with pytest.raises(ConfigError, match="'magic' is unknown; bench quality has full, none"):
         quality.run(replace(options, methods=("magic",)))
 

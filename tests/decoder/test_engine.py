@@ -294,6 +294,7 @@ def test_a_live_models_parameters_are_shared(tiny_llama):
         lambda: SamplingParams(top_p=0),
         lambda: SamplingParams(top_p=1.1),
         lambda: DecoderConfig(dtype="int4"),
+        lambda: DecoderConfig(page_dtype="float16"),
         lambda: DecoderConfig(page=0),
         lambda: DecoderConfig(prefill_chunk=0),
     ],

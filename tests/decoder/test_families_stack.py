@@ -35,7 +35,7 @@ class StandIn:
 
     max_rows = 8
 
-    def __init__(self, layers, final_norm, eps, sm_scale, k_pages, v_pages):
+    def __init__(self, layers, final_norm, eps, sm_scale, k_pages, v_pages, *_):
         self.layers, self.final_norm, self.eps, self.sm_scale = layers, final_norm, eps, sm_scale
         self.pages = list(zip(k_pages, v_pages, strict=True))
         self.runs = 0

@@ -168,5 +168,12 @@ def test_nan_is_refused_when_storing(name, value):
     assert caught.value.reason == "not_finite"
 
 
+def test_values_whose_sum_overflows_are_still_numbers():
+    record = a_record(torch.float32)
+    large = dataclasses.replace(record, v=torch.full_like(record.v, 3e38))
+    read = decode_record(memoryview(encode_record(large, IDENTITY)), IDENTITY)
+    assert torch.equal(read.v, large.v)
+
+
 def test_ids_digest_tells_sequences_apart():
     assert ids_digest([1, 256]) != ids_digest([257]) != ids_digest([1, 0, 1])

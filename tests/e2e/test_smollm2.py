@@ -7,9 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memos_engine import DecoderConfig, MemoryConfig, MemoryEngine, SamplingParams
+from memos_engine.decoder.engine import DecoderEngine
 from memos_engine.decoder.identity import ids_digest
 from memos_engine.decoder.record import KVRecord
 from memos_engine.decoder.sequence import KVSpan, TextSpan
+from memos_engine.decoder.weights import Weights
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 
@@ -79,6 +81,36 @@ def test_a_spliced_prefix_gives_the_tokens_of_full_prefill(engine):
         record = KVRecord(k, v, fact, "test", ids_digest(layout.anchor))
         full = answer(engine, [TextSpan(layout.anchor + fact + query)])
         assert answer(engine, [TextSpan(layout.anchor), KVSpan(record), TextSpan(query)]) == full
+
+
+def test_pages_of_int8_answer_almost_alike(hf, engine):
+    """Most greedy tokens of an answer are those of whole pages, and the first one's distribution is close."""
+    narrow = DecoderEngine(
+        engine.decoder.spec,
+        Weights.from_model(hf, engine.decoder.spec),
+        DecoderConfig(dtype="float32", page_dtype="int8", pool_tokens=2048),
+    )
+    same, divergences = 0, []
+    for text in PROMPTS[:6]:
+        spans = [TextSpan(engine.layout.anchor + engine.layout.query(text))]
+        found = []
+        for decoder in (engine.decoder, narrow):
+            decoder.forget_prefixes()
+            seq = decoder.add_request(spans, SamplingParams(max_new_tokens=1), sampled=False)
+            while seq.logits is None:
+                decoder.step()
+            found.append(torch.log_softmax(seq.logits.double(), dim=-1))
+            decoder.finish(seq)
+        whole, rounded = found
+        divergences.append(float((whole.exp() * (whole - rounded)).sum()))
+        outputs = [
+            [o.token for o in d.generate(spans, SamplingParams(max_new_tokens=8))]
+            for d in (engine.decoder, narrow)
+        ]
+        same += sum(a == b for a, b in zip(*outputs, strict=True))
+    assert sum(divergences) / len(divergences) < 0.01
+    assert same >= 0.5 * 6 * 8  # behind a first difference all may differ
+    narrow.check_integrity()
 
 
 def test_a_memory_is_remembered_spliced_and_used(smollm2_path, tmp_path):

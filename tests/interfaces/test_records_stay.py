@@ -6,7 +6,6 @@ import hashlib
 import random
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 
@@ -39,7 +38,7 @@ def engine(request, tiny_folder, tmp_path, one_thread):
             alice.remember(fact)
         assert alice.warm() == len(FACTS)
         record = next(iter(loaded(engine, alice)))
-        engine.activation.config = replace(engine.config, host_bytes=len(FACTS) * record.nbytes)
+        engine.activation.tiers.host.most = len(FACTS) * record.nbytes
         engine.activation.evict()
         yield engine
         engine.decoder.check_integrity()
@@ -85,7 +84,7 @@ def test_concurrent_generations_leave_every_record_as_it_was(engine, recompute):
     assert all(bool(reply.stats.recomputed_tokens) == bool(recompute) for reply in replies)
     assert len({tuple(reply.forms) for reply in replies}) > 10  # orders
     assert on_disk(engine) == before
-    kept = list(engine.activation._host.values())
+    kept = list(engine.activation.tiers.host.records.values())
     assert 0 < len(kept) < 2 * len(FACTS)
     for record in (*kept, *loaded(engine, alice)):
         assert digests(record) == {n: record.header["checksums"][n]["sha256"] for n in record.tensors()}

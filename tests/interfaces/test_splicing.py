@@ -76,12 +76,15 @@ def test_the_first_slot_is_exact_and_the_others_are_averages(started):
 def test_a_memory_knows_its_left_contexts(started):
     """Those that fit the model's window, by digest; another set of them is another identity."""
     engine, alice = started()
-    ids = engine.layout.memory(FACTS[0])
-    identities = engine.activation.identities(alice.principal, ids)
-    assert set(identities) == {ANCHORED, AVERAGED}
-    assert len(identities[AVERAGED].left_contexts) == len(engine.activation.contexts(len(ids))) >= 1
+    cube = alice.memories()[0]
+    ids = engine.layout.memory(cube.body)
     longest = engine.decoder.spec.max_positions
-    assert set(engine.activation.identities(alice.principal, ids * (longest // len(ids)))) == {ANCHORED}
+    identities = engine.activation.identities(alice.principal, cube.id, ids)
+    assert set(identities) == {ANCHORED, AVERAGED}
+    contexts = engine.activation.left.of(alice.principal, cube.id, longest)
+    assert 1 <= len(identities[AVERAGED].left_contexts) <= len(contexts)
+    too_long = ids * (longest // len(ids))
+    assert set(engine.activation.identities(alice.principal, cube.id, too_long)) == {ANCHORED}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.6, 1.0])
@@ -120,6 +123,31 @@ def test_int8_records_are_smaller_and_another_identity(started):
         alice.chat(QUESTION, SHORT, recompute=1.0).token_ids
         == alice.chat(QUESTION, SHORT, form="text").token_ids
     )
+
+
+def test_pages_of_int8_are_another_identity(tiny_folder, tmp_path, started):
+    """Records keep the model's dtype, and those made over other pages are not found."""
+    plain, alice = started()
+    decoder = DecoderConfig(dtype="float32", page_dtype="int8")
+    with MemoryEngine.open(
+        tiny_folder, tmp_path / "store", decoder=decoder, memory=plain.config, embedder=HashingEmbedder(64)
+    ) as engine:
+        cube = alice.memories()[0]
+        ids = engine.layout.memory(cube.body)
+        theirs, ours = (e.activation.identities(alice.principal, cube.id, ids) for e in (plain, engine))
+        assert {i.dtype for i in theirs.values()} == {"torch.float32"}
+        assert all(ours[form].digest() != theirs[form].digest() for form in ours)
+        assert engine.activation.model != plain.activation.model
+        alice = engine.user("alice")
+        assert not records(engine, alice)
+        alice.warm()
+        made = records(engine, alice)
+        assert made
+        assert {str(record.k.dtype) for record in made} == {"torch.float32"}
+        assert set(alice.chat(QUESTION, SHORT).forms.values()) == {"kv"}
+        full = alice.chat(QUESTION, SHORT, recompute=1.0).token_ids
+        assert full == alice.chat(QUESTION, SHORT, form="text").token_ids
+        engine.decoder.check_integrity()
 
 
 @pytest.mark.parametrize("form", [ANCHORED, AVERAGED])
@@ -292,8 +320,8 @@ def test_another_tenant_s_records_are_not_found(started):
     cube = alice.memories()[0]
     ids = engine.layout.memory(cube.body)
     mallory = engine.user("mallory").principal
-    ours = engine.activation.identities(alice.principal, ids)
-    theirs = engine.activation.identities(mallory, ids)
+    ours = engine.activation.identities(alice.principal, cube.id, ids)
+    theirs = engine.activation.identities(mallory, cube.id, ids)
     assert all(ours[form].digest() != theirs[form].digest() for form in ours)
     with pytest.raises(MemoryNotFoundError):
         engine.activation.find(mallory, cube, ids)

@@ -68,20 +68,29 @@ def meta(*shape, dtype=torch.int32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def attend(dtype, kv_heads, group, dim, window):
-    q, pages = meta(400, kv_heads * group, dim, dtype=dtype), meta(50, 16, kv_heads, dim, dtype=dtype)
+def paged(dtype, kv_heads, dim, int8):
+    """Pages of one layer, and their scales where they are int8."""
+    scale = meta(50, 16, kv_heads, dtype=torch.float32) if int8 else None
+    return meta(50, 16, kv_heads, dim, dtype=torch.int8 if int8 else dtype), scale
+
+
+def attend(dtype, kv_heads, group, dim, window, int8=False):
+    q, (pages, scale) = meta(400, kv_heads * group, dim, dtype=dtype), paged(dtype, kv_heads, dim, int8)
     lse = meta(400, kv_heads * group, dtype=torch.float32)
     table, starts, lengths, positions = meta(5, 99), meta(6), meta(5), meta(400)
-    backend.paged_attention(q, pages, pages, table, starts, lengths, positions, 0.1, window, None, lse)
+    backend.paged_attention(
+        q, pages, pages, table, starts, lengths, positions, 0.1, window, None, lse,
+        k_page_scale=scale, v_page_scale=scale,
+    )  # fmt: skip
 
 
-def probe(dtype, kv_heads, group, dim, window):
-    q, pages = meta(400, kv_heads * group, dim, dtype=dtype), meta(50, 16, kv_heads, dim, dtype=dtype)
+def probe(dtype, kv_heads, group, dim, window, int8=False):
+    q, (pages, scale) = meta(400, kv_heads * group, dim, dtype=dtype), paged(dtype, kv_heads, dim, int8)
     lse, weight = (meta(n, h, dtype=torch.float32) for n, h in ((400, kv_heads * group), (700, kv_heads)))
     slots, scores = meta(700, dtype=torch.int64), meta(700, dtype=torch.float32)
     starts, positions = meta(6), meta(400)
     backend.attention_probe(
-        q, pages, starts, positions, lse, slots, meta(700), starts, weight, scores, 0.1, window
+        q, pages, starts, positions, lse, slots, meta(700), starts, weight, scores, 0.1, window, scale
     )
 
 
@@ -89,6 +98,8 @@ def main():
     JITFunction.__getitem__ = compile_instead
     attend(torch.bfloat16, 8, 4, 128, 0)
     probe(torch.bfloat16, 8, 4, 128, 0)
+    attend(torch.bfloat16, 8, 4, 128, 0, int8=True)
+    probe(torch.bfloat16, 8, 4, 128, 0, int8=True)
     positions, slots = meta(400), meta(400, dtype=torch.int64)
     k, table = meta(2, 400, 8, 128, dtype=torch.bfloat16), meta(512, 128, dtype=torch.float32)
     pages = meta(2, 50, 16, 8, 128, dtype=torch.bfloat16)
@@ -97,6 +108,11 @@ def main():
     v_scale = meta(2, 400, 8, dtype=torch.float32)
     backend.splice_kv(eight, eight, pages, pages, slots, positions, table, False, k_scale, v_scale, 5)
     backend.append_kv(k[0], k[0], pages[0], pages[0], slots, positions, table)
+    narrow, scale = meta(2, 50, 16, 8, 128, dtype=torch.int8), meta(2, 50, 16, 8, dtype=torch.float32)
+    scales = {"k_page_scale": scale, "v_page_scale": scale}
+    backend.splice_kv(k, k, narrow, narrow, slots, positions, table, **scales)
+    scales = dict.fromkeys(scales, scale[0])
+    backend.append_kv(k[0], k[0], narrow[0], narrow[0], slots, positions, table, **scales)
     backend.rope(k[0], positions, table)
     x = meta(400, 4096, dtype=torch.bfloat16)
     backend.rms_norm(x, meta(4096, dtype=torch.float32), 1e-5, x)

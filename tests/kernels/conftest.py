@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from memos_engine.ops import reference
+from memos_engine.ops.int8_kv import quantize_heads
 
 
 def levels() -> list[str]:
@@ -242,6 +244,81 @@ def make_probe(make_problem: Callable[..., Problem]) -> Callable[..., Probe]:
         )
 
     return build
+
+
+@dataclass
+class Int8Problem:
+    """A Problem with pages of int8, and their scales as keyword arguments; those of unused slots are NaN."""
+
+    problem: Problem
+    scales: dict[str, Tensor]
+
+    def attend(self, backend: Any, **more: Any) -> Tensor:
+        result: Tensor = backend.paged_attention(*self.problem.args(), **self.scales, **more)
+        return result
+
+    def floats(self, dtype: torch.dtype | None = None) -> Problem:
+        """The same with pages of floats, rounded to the dtype of q, or all of it in another dtype."""
+        problem = self.problem
+        k, v = (
+            (pages.double() * scale.double()[..., None]).to(dtype or problem.q.dtype)
+            for pages, scale in zip((problem.k_pages, problem.v_pages), self.scales.values(), strict=True)
+        )
+        return replace(problem, q=problem.q.to(dtype or problem.q.dtype), k_pages=k, v_pages=v)
+
+
+def to_int8(problem: Problem, dtype: torch.dtype = torch.float32) -> Int8Problem:
+    """A float32 Problem with its pages quantised, and q in a dtype."""
+    sides = []
+    for pages in (problem.k_pages, problem.v_pages):
+        unused = pages.isnan().all(-1)
+        values, scale = quantize_heads(pages.nan_to_num())
+        sides.append((values.masked_fill(unused[..., None], 99), scale.masked_fill(unused, float("nan"))))
+    (k, k_scale), (v, v_scale) = sides
+    narrow = replace(problem, q=problem.q.to(dtype), k_pages=k, v_pages=v)
+    return Int8Problem(narrow, {"k_page_scale": k_scale, "v_page_scale": v_scale})
+
+
+@pytest.fixture
+def make_int8_problem(make_problem: Callable[..., Problem]) -> Callable[..., Int8Problem]:
+    """Builds an Int8Problem from the arguments of make_problem."""
+
+    def build(*shape: Any, dtype: torch.dtype = torch.float32, **more: Any) -> Int8Problem:
+        return to_int8(make_problem(*shape, **more), dtype)
+
+    return build
+
+
+@pytest.fixture
+def make_int8_probe(make_probe: Callable[..., Probe]) -> Callable[..., tuple[Probe, Int8Problem]]:
+    """Builds a Probe over int8 pages; its `exact` is asked of the pages' values in float64."""
+
+    def build(*shape: Any, dtype: torch.dtype = torch.float32, **more: Any) -> tuple[Probe, Int8Problem]:
+        probe = make_probe(*shape, **more)
+        narrow = to_int8(probe.problem, dtype)
+        wide = narrow.floats(torch.float64)
+        lse = [softmax_of(wide, i)[1].float() for i in range(len(wide.seq_lens))]
+        return replace(probe, problem=narrow.problem, lse=torch.cat(lse).contiguous()), narrow
+
+    return build
+
+
+@pytest.fixture
+def plain_attention() -> Callable[[Problem], Tensor]:
+    """Each request densely by torch's own attention, in the inputs' dtype."""
+
+    def attend(problem: Problem) -> Tensor:
+        out = torch.zeros_like(problem.q)
+        for i in range(len(problem.seq_lens)):
+            rows = slice(int(problem.query_start[i]), int(problem.query_start[i + 1]))
+            if rows.start < rows.stop:
+                q, k, v, visible = problem.request(i)
+                y = scaled_dot_product_attention(q, k, v, visible, scale=problem.sm_scale)
+                # torch gives NaN to rows that see nothing.
+                out[rows] = y.masked_fill(~visible.any(-1)[:, None], 0).transpose(0, 1)
+        return out
+
+    return attend
 
 
 @pytest.fixture

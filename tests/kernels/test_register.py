@@ -33,6 +33,12 @@ def kv_int8():
     return k, v, torch.rand(3, 2, 2, 16), torch.rand(3, 5, 2), *kv(3)[2:]
 
 
+def int8_pages(*layers):
+    """K and V pages and their scales."""
+    values, scale = torch.zeros(*layers, 4, 16, 2, 16, dtype=torch.int8), torch.zeros(*layers, 4, 16, 2)
+    return values, values.clone(), scale, scale.clone()
+
+
 def samples(make_problem):
     problem = make_problem([20, 5], [3, 1])
     # opcheck compares copies of the arguments, and NaN is not equal to itself.
@@ -74,6 +80,34 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(make_problem, name):
     opcheck(getattr(library, name).default, samples(make_problem)[name])
+
+
+def test_opcheck_over_int8_pages(make_problem):
+    """The same ops: optional scales, read by some and written by others."""
+    problem = make_problem([20, 5], [3, 1])
+    q, _, _, *index, sm_scale, window = problem.args()
+    place = (torch.arange(5) + 20, torch.arange(5, dtype=torch.int32), None, False)
+    for layers, op, more in (((), library.append_kv, ()), ((2,), library.splice_kv, ())):
+        (k, v, *_), (*pages, k_scale, v_scale) = kv(*layers), int8_pages(*layers)
+        opcheck(op.default, (k, v, *pages, *place, *more, k_scale, v_scale))
+        op(k, v, *pages, *place, *more, k_scale, v_scale)
+        assert k_scale.any()
+        assert pages[1].any()
+    k, v, k_scale, v_scale, *_ = kv_int8()
+    *pages, k_page_scale, v_page_scale = int8_pages(3)
+    opcheck(
+        library.splice_kv_int8.default,
+        (k, v, k_scale, v_scale, *pages, *place, 62, k_page_scale, v_page_scale),
+    )
+    blocks = problem.k_pages.shape[0]
+    values, scale = torch.ones(blocks, 16, 2, 16, dtype=torch.int8), torch.rand(blocks, 16, 2)
+    attend = (q, values, values, *index, sm_scale, window, scale, scale)
+    opcheck(library.paged_attention.default, attend)
+    out = torch.zeros_like(q)
+    opcheck(library.paged_attention_out.default, (q, out, None, *attend[1:]))
+    queries, keys = probe(problem)[:5], probe(problem)[5:]
+    probed = (q, values, *queries[2:], *keys, 0, scale)
+    opcheck(library.attention_probe.default, probed)
 
 
 def test_results_are_those_of_the_seam(make_problem):

@@ -231,9 +231,16 @@ def test_int8_records_for_native_code(monkeypatch):
     cuda.splice_kv(k[:, :0], v[:, :0], *pages, *at, scales[0][:, :0], scales[1][:, :0])
     pointers = [t.data_ptr() for t in (k, v, *pages)]
     assert calls[0][:4] == tuple(pointers)
-    assert calls[0][-11:] == (*(t.data_ptr() for t in scales[:2]), 2, 62, 96, 48, 16, 15, 3, 1, 99)
-    assert calls[1][-11:] == (0,) * 10 + (99,)
-    assert calls[0][6:-11] == calls[1][6:-11]
+    end = (*(t.data_ptr() for t in scales[:2]), 2, 62, 96, 48, 16, 15, 3, 1, 0, 0, 0, 0, 99)
+    assert calls[0][-15:] == end
+    assert calls[1][-15:] == (0,) * 14 + (99,)
+    assert calls[0][6:-15] == calls[1][6:-15]
+    narrow = torch.zeros(2, 4, 16, 3, 16, dtype=torch.int8), torch.zeros(2, 4, 16, 3)
+    of_pages = {"k_page_scale": narrow[1], "v_page_scale": narrow[1]}
+    cuda.splice_kv(k.float(), v.float(), narrow[0], narrow[0], *at, **of_pages)
+    address = narrow[1].data_ptr()
+    assert calls[-1][-15:] == (*(0,) * 10, address, address, 192, 192, 99)
+    assert calls[-1][8] == 3
     assert len({len(given) for given in calls}) == 1
     names = (Path(__file__).parents[2] / "csrc/bind_kv_write.h").read_text()
     parameters = names.partition("#define ME_KV_WRITE_PARAMETERS")[2].partition("#define")[0]

@@ -48,6 +48,7 @@ def test_attention_runs_on_tensor_cores(compiled):
         narrow = [row for row in compiled if row["kernel"] == kernel and "*bf16" in row["types"]]
         assert narrow
         assert all(row["tensor_cores"] for row in narrow)
+        assert any("*i8" in row["types"] for row in narrow)
 
 
 def test_rotations_fuse_no_multiply_and_add(compiled):

@@ -25,6 +25,8 @@ from memos_engine.memory.store_view import visible
 TRIPLES = int(os.environ.get("MEMOS_ENGINE_TEST_TRIPLES", "2500"))
 USERS = [Principal(tenant, user) for tenant in ("t", "u") for user in ("a", "b", "c")]
 ACTIONS = ("read", "write", "share")
+VOCABULARY = ("river", "boat", "mill", "bridge", "garden", "harbour", "island", "lantern")
+SESSIONS = (None, "one", "two")
 S = LifecycleState
 
 
@@ -81,7 +83,15 @@ class Walk:
 
     def add(self) -> None:
         owner, visibility = self.random.choice(USERS), self.random.choice(VISIBILITIES)
-        cube = self.store.add(owner, "words", vector=[1.0, 2.0], model_id="m", visibility=visibility)
+        text = " ".join(self.random.sample(VOCABULARY, 3))
+        cube = self.store.add(
+            owner,
+            text,
+            vector=[1.0, 2.0],
+            model_id="m",
+            visibility=visibility,
+            session=self.random.choice(SESSIONS),
+        )
         self.store.put_kv(owner, cube.id, 1, "i", cube.id.encode(), 1)
         self.world.cubes[cube.id] = cube
         self.world.visibility[cube.id] = visibility

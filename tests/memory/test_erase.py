@@ -14,6 +14,7 @@ from memos_engine.errors import MemoryNotFoundError, StoreLockedError
 from memos_engine.memory.cube import MemCube
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.lifecycle import LifecycleState
+from memos_engine.memory.operator import MemOperator
 from memos_engine.memory.store import MemoryStore
 from memos_engine.memory.store_db import StoreDB
 from memos_engine.memory.store_vectors import unit_vector
@@ -81,6 +82,25 @@ def test_no_deleted_row_leaves_a_trace(tmp_path: Path, seed: int) -> None:
     left = everything(tmp_path)
     assert [mark for key, mark in marks.items() if (mark.encode() in left) == (key in gone)] == []
     db.close()
+
+
+def test_no_word_stays_in_full_text_search(store: MemoryStore, alice: Principal, add: Add) -> None:
+    """Neither the erased text's words nor its session, nor what they were as context of those that follow."""
+    for n in range(30):
+        add(store, alice, f"neighbour {n}", session="talk")
+    cube = add(store, alice, "zqxcanary vvkzebras went quietly", session="zqxsession")
+    follower = add(store, alice, "and they came back", session="zqxsession2")
+    words = MemOperator(store)
+    assert [c.cube for c in words.recall(alice, "zqxcanary")] == [cube]
+    marks = [b"zqxcan", b"vvkzebra", b"zqxsession"]
+    assert all(mark in everything(store.directory) for mark in marks)
+    store.erase(alice, cube.id)
+    left = everything(store.directory)
+    assert [mark in left for mark in marks] == [False, False, True]
+    store.erase(alice, follower.id)
+    assert b"zqxsession" not in everything(store.directory)
+    assert words.recall(alice, "zqxcanary vvkzebras") == []
+    assert len(words.recall(alice, "neighbour", k=50)) == 30
 
 
 def test_many_can_be_erased_at_once(reopen: Callable[..., MemoryStore], alice: Principal, add: Add) -> None:

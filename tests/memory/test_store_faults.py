@@ -21,9 +21,11 @@ from memos_engine.memory.vault import FileSystem
 Add = Callable[..., MemCube]
 
 
-def dump(store: MemoryStore) -> list[str]:
+def dump(store: MemoryStore) -> dict[str, list[object]]:
+    """Every row of every table, the shadow tables of full-text search included."""
     with store._db.read() as conn:
-        return list(conn.iterdump())
+        tables = conn.execute("SELECT name FROM pragma_table_list WHERE type IN ('table', 'shadow')")
+        return {name: conn.execute(f"SELECT * FROM {name}").fetchall() for (name,) in tables.fetchall()}
 
 
 def _limit(store: MemoryStore, pages: int) -> None:

@@ -8,7 +8,7 @@
 
 namespace memos_engine {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };  // i8: of pages alone
 
 enum class Status : int32_t {
     ok = 0,
@@ -40,6 +40,8 @@ struct Attention {
     int64_t k_block, k_token, k_head, v_block, v_token, v_head;
     int64_t window;  // 0: none
     float sm_scale;
+    const float* k_scale = nullptr;  // of int8 pages: [blocks, page, kv_heads] contiguous
+    const float* v_scale = nullptr;  // like k_scale
 };
 
 // scores[j] += sum over the rows and heads of its request that see key j of exp(sm_scale * q . k - lse) *
@@ -60,13 +62,15 @@ struct Probe {
     int64_t q_token, q_head, k_block, k_token, k_head;
     int64_t window;  // 0: none
     float sm_scale;
+    const float* k_scale = nullptr;  // of int8 pages: [blocks, page, kv_heads] contiguous
 };
 
 constexpr int64_t kScaleGroup = 64;  // tokens of a record that share the scales of int8 K
 
 // Rotate K, round, scatter K and V into pages; `append_kv` is the case of one layer. With scales, k and v are
 // int8 and src_dtype means nothing: K is k times the scale of its channel and of its token's group in the
-// record, where token i is `first_token + i`; V is v times the scale of its token and head.
+// record, where token i is `first_token + i`; V is v times the scale of its token and head. With scales of
+// pages, these are int8: each token's head is quantised to 127ths of its largest size.
 struct KvWrite {
     const void* k;        // [layers, tokens, kv_heads, head_dim]
     const void* v;        // like k
@@ -85,6 +89,9 @@ struct KvWrite {
     int64_t groups = 0, first_token = 0;
     int64_t ks_layer = 0, ks_group = 0, ks_head = 0;
     int64_t vs_layer = 0, vs_token = 0, vs_head = 0;
+    float* kp_scale = nullptr;  // [layers, blocks, page, kv_heads], contiguous within a layer
+    float* vp_scale = nullptr;  // like kp_scale
+    int64_t kps_layer = 0, vps_layer = 0;
 };
 
 struct Rope {

@@ -29,6 +29,9 @@ struct Stack {
     void *k_pages, *v_pages;  // [layers, blocks, page, kv_heads, head_dim]
     int64_t blocks, page;
     int64_t k_layer, k_block, k_token, k_head, v_layer, v_block, v_token, v_head;
+    DType page_dtype;
+    float *k_scale, *v_scale;  // of int8 pages: [layers, blocks, page, kv_heads], contiguous within a layer
+    int64_t k_scale_layer, v_scale_layer;
 };
 
 struct StackCall {

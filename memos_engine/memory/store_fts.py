@@ -1,0 +1,157 @@
+"""Words in the store: an FTS5 table for each tenant, which knows which word is in which memory and no more.
+
+It keeps neither texts nor positions. Scores are not FTS5's: it would count the words of all who share a
+table, and a caller's scores would tell of memories that are not the caller's.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import threading
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from memos_engine.memory.governance import Principal
+
+TOKENIZER = "porter unicode61 remove_diacritics 2"
+Keys = npt.NDArray[np.int64]
+_WORD = re.compile(r"\w+")
+
+
+def _table(tenant: int) -> str:
+    return f"fts_{int(tenant)}"
+
+
+def _tenant(conn: sqlite3.Connection, name: str) -> int | None:
+    row = conn.execute("SELECT id FROM tenant WHERE name = ?", (name,)).fetchone()
+    return None if row is None else int(row[0])
+
+
+def _made_tenant(conn: sqlite3.Connection, name: str) -> int:
+    """The tenant's number; its tables are made on demand."""
+    known = _tenant(conn, name)
+    if known is not None:
+        return known
+    number = int(conn.execute("INSERT INTO tenant (name) VALUES (?) RETURNING id", (name,)).fetchone()[0])
+    conn.execute(
+        f"CREATE VIRTUAL TABLE {_table(number)} USING fts5(body, content='', detail=none, columnsize=0, "
+        f"tokenize='{TOKENIZER}')"
+    )
+    conn.execute(f"CREATE VIRTUAL TABLE {_table(number)}_words USING fts5vocab({_table(number)}, 'instance')")
+    return number
+
+
+def insert_passage(
+    conn: sqlite3.Connection,
+    owner: Principal,
+    cube_id: str,
+    version: int,
+    text: str,
+    valid_from: str,
+    session: str | None = None,
+) -> None:
+    """Make a memory's version findable by its words, within the transaction that adds it.
+
+    A later version keeps the session of the first one. To be called once for every version with a body.
+    """
+    tenant = _made_tenant(conn, owner.tenant)
+    first = conn.execute(
+        "SELECT place, session FROM passage WHERE cube_id = ? ORDER BY id LIMIT 1", (cube_id,)
+    ).fetchone()
+    (key,) = conn.execute(
+        "INSERT INTO passage (cube_id, version, place, session, words, valid_from) VALUES (?, ?, "
+        "coalesce(?, 1 + coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'passage'), 0)), ?, ?, ?) "
+        "RETURNING id",
+        (
+            cube_id,
+            version,
+            first[0] if first else None,
+            first[1] if first else session,
+            len(_WORD.findall(text)),
+            valid_from,
+        ),
+    ).fetchone()
+    conn.execute(f"INSERT INTO {_table(tenant)} (rowid, body) VALUES (?, ?)", (key, text))
+
+
+def copy_passage(conn: sqlite3.Connection, scope: Principal, source: tuple[str, int], copy: str) -> None:
+    """Make the first version of a memory findable, that was copied from a version of another one."""
+    text, since, session = conn.execute(
+        "SELECT b.body, f.valid_from, f.session FROM passage f JOIN cube_body b ON b.cube_id = f.cube_id AND "
+        "b.version = f.version WHERE f.cube_id = ? AND f.version = ?",
+        source,
+    ).fetchone()
+    insert_passage(conn, scope, copy, 1, text, since, session)
+
+
+def forget_passages(conn: sqlite3.Connection, cube_id: str) -> None:
+    """Take a memory's words out of search, within an erasure and before its bodies go."""
+    rows = conn.execute(
+        "SELECT t.id, f.id, b.body FROM passage f JOIN cube c ON c.id = f.cube_id JOIN principal p ON p.id = "
+        "c.owner JOIN tenant t ON t.name = p.tenant JOIN cube_body b ON b.cube_id = f.cube_id AND b.version "
+        "= f.version WHERE f.cube_id = ?",
+        (cube_id,),
+    ).fetchall()
+    for tenant, key, body in rows:
+        table = _table(tenant)
+        conn.execute(f"INSERT INTO {table} ({table}, rowid, body) VALUES ('delete', ?, ?)", (key, body))
+    conn.execute("DELETE FROM passage WHERE cube_id = ?", (cube_id,))
+
+
+def purge_words(conn: sqlite3.Connection, cube_ids: Iterable[str]) -> None:
+    """Write the FTS tables that held these memories anew: a deletion alone leaves words in old segments."""
+    tenants: set[int] = set()
+    for cube_id in cube_ids:
+        row = conn.execute(
+            "SELECT t.id FROM cube c JOIN principal p ON p.id = c.owner JOIN tenant t ON t.name = p.tenant "
+            "WHERE c.id = ?",
+            (cube_id,),
+        ).fetchone()
+        if row:
+            tenants.add(int(row[0]))
+    for tenant in sorted(tenants):
+        table = _table(tenant)
+        conn.execute(f"INSERT INTO {table} ({table}) VALUES ('optimize')")
+
+
+def postings(conn: sqlite3.Connection, tenant: str, stem: str) -> Keys:
+    """Ids of the tenant's passages that hold this word, ascending. `stem` is as `Stemmer` gives it."""
+    number = _tenant(conn, tenant)
+    if number is None:
+        return np.zeros(0, np.int64)
+    (found,) = conn.execute(
+        f"SELECT group_concat(doc) FROM {_table(number)}_words WHERE term = ?", (stem,)
+    ).fetchone()
+    return np.sort(np.fromstring(found, dtype=np.int64, sep=",")) if found else np.zeros(0, np.int64)
+
+
+def fill_passages(conn: sqlite3.Connection) -> None:
+    """Make all texts of an older store findable, within its migration."""
+    rows = conn.execute(
+        "SELECT p.tenant, p.user, b.cube_id, b.version, b.body, c.created_at FROM cube_body b JOIN cube c ON "
+        "c.id = b.cube_id JOIN principal p ON p.id = c.owner ORDER BY b.cube_id, b.version"
+    ).fetchall()
+    for tenant, user, cube_id, version, body, created_at in rows:
+        insert_passage(conn, Principal(tenant, user), cube_id, version, body, created_at)
+
+
+class Stemmer:
+    """The tokenizer of the tables above, for queries: any text is safe, there is no query syntax."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._conn = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        self._conn.execute(f"CREATE VIRTUAL TABLE t USING fts5(text, content='', tokenize='{TOKENIZER}')")
+        self._conn.execute("CREATE VIRTUAL TABLE words USING fts5vocab(t, 'instance')")
+
+    def __call__(self, text: str) -> list[str]:
+        """The stems of all words, in the order of the text."""
+        clean = text.replace("\0", " ").encode("utf-8", "replace").decode("utf-8")
+        with self._lock:
+            self._conn.execute("INSERT INTO t (rowid, text) VALUES (1, ?)", (clean,))
+            rows = self._conn.execute("SELECT term FROM words ORDER BY offset").fetchall()
+            self._conn.execute("INSERT INTO t (t) VALUES ('delete-all')")
+        return [row[0] for row in rows]
