@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from memos_engine.config import MemoryConfig
+from memos_engine.decoder.arrival import send
 from memos_engine.decoder.record import KVRecord
 
-Move = Callable[[Tensor], Tensor]
+Move = Callable[[KVRecord], KVRecord]
 
 
 class Tier:
@@ -49,8 +50,8 @@ class Tier:
 
 
 class RecordTiers:
-    """The device and the host tier. to_device, to_host: how a tensor gets there; without a way to the device
-    that tier is unused, without one to the host tensors stay as they are. Safe for several threads."""
+    """The device and the host tier. to_device, to_host: how a record gets there; without a way to the device
+    that tier is unused, without one to the host records stay as they are. Safe for several threads."""
 
     def __init__(
         self,
@@ -66,13 +67,16 @@ class RecordTiers:
 
     @classmethod
     def beside(cls, device: torch.device, config: MemoryConfig) -> RecordTiers:
-        """The tiers for an engine on this device; host memory is pinned for CUDA, so that copies to it run
-        beside other work."""
+        """The tiers for an engine on this device; host memory is pinned for CUDA, so that records travel
+        beside other work, a layer at a time."""
         if device.type != "cuda":
             return cls(config.host_bytes)
-        return cls(
-            config.host_bytes, config.device_bytes, lambda t: t.to(device, non_blocking=True), _to_pinned
-        )
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+        def to_device(record: KVRecord) -> KVRecord:
+            return send(record.moved(_pinned), device, stream)
+
+        return cls(config.host_bytes, config.device_bytes, to_device, lambda record: record.moved(_pinned))
 
     def get(self, key: str) -> KVRecord | None:
         """The record, from the best tier that it fits into from now on; None where only its file is left."""
@@ -107,7 +111,7 @@ class RecordTiers:
     def _put(self, key: str, record: KVRecord, pinned: bool) -> KVRecord:
         if self._to_device is None or record.nbytes > self.device.most:
             return self._sink(key, record, pinned)
-        moved = record.moved(self._to_device)
+        moved = self._to_device(record)
         for other, old in self.device.put(key, moved):
             self._sink(other, old, pinned=False)
         return moved
@@ -116,10 +120,12 @@ class RecordTiers:
         """Into host memory, if it fits at all."""
         if record.nbytes <= self.host.most:
             if self._to_host is not None and not pinned:
-                record = record.moved(self._to_host)
+                record = self._to_host(record)
             self.host.put(key, record)
         return record
 
 
-def _to_pinned(tensor: Tensor) -> Tensor:
+def _pinned(tensor: Tensor) -> Tensor:
+    if tensor.is_pinned():
+        return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)

@@ -188,6 +188,7 @@ class DecoderEngine:
             seq.finish_reason = seq.finish_reason or "abort"
             seq.logits = None
             self._samplers.pop(seq.id, None)
+            self.runner.settle()  # its pages may be somebody else's next
             self.batcher.drop(seq)
 
     # -- sessions --------------------------------------------------------------------------------
@@ -270,6 +271,7 @@ class DecoderEngine:
     def _forward(self, batch: list[Rows]) -> tuple[list[Sequence], Tensor | None, list[StepOutput]]:
         """One forward; returns the requests that now want a token, their logits, and those that failed."""
         if not batch:
+            self.runner.settle()
             return [], None, []
         start = time.perf_counter()
         failed: list[StepOutput] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,18 +56,24 @@ class PagedDecoder:
 
     @torch.inference_mode()
     def forward(
-        self, step: StepInput, cache: KVCache, rows: Tensor | None = None, capture: KVCapture | None = None
+        self,
+        step: StepInput,
+        cache: KVCache,
+        rows: Tensor | None = None,
+        capture: KVCapture | None = None,
+        before: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Runs one step and writes its K and V into the cache.
 
-        rows: rows `[n] int64` whose hidden state is wanted (all by default).
+        rows: rows `[n] int64` whose hidden state is wanted (all by default). before: called with the number
+        of each layer before it runs.
         Returns final hidden states `[n, hidden]`, normalised.
         """
         spec, ops, eps, all_layers = self.spec, self.ops, self.spec.rms_eps, self.weights.layers
         hidden = F.embedding(step.token_ids, self.weights.embed)
         if spec.embed_scale != 1.0:
             hidden *= self._embed_scale
-        plain = capture is None and step.probe is None
+        plain = capture is None and step.probe is None and before is None
         stack = self._layer_stack(cache, hidden.shape[0]) if plain else None
         if stack is not None:
             return stack.run(
@@ -82,6 +88,8 @@ class PagedDecoder:
         x = ops.rms_norm(hidden, all_layers[0].input_norm, eps)
         for index, weights in enumerate(all_layers):
             table = self.tables[index]
+            if before is not None:
+                before(index)
             out, k, v = layers.attention(ops, spec, index, weights, x, step, cache.layer(index), table)
             if capture is not None:
                 taken = slice(capture.first, capture.first + k.shape[0])

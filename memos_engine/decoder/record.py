@@ -12,7 +12,7 @@ import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
@@ -22,6 +22,9 @@ from torch import Tensor
 from memos_engine.decoder.identity import FORMAT_VERSION, RecordIdentity
 from memos_engine.errors import PayloadError
 from memos_engine.ops.int8_kv import GROUP
+
+if TYPE_CHECKING:
+    from memos_engine.decoder.arrival import Arrival
 
 _DTYPES = {
     "F32": torch.float32,
@@ -43,7 +46,8 @@ class KVRecord:
     `[layers, ceil(tokens / 64), kv_heads, head_dim] float32` and v_scale `[layers, tokens, kv_heads] float32`
     go with int8 K and V. sigma_v `[layers, tokens, kv_heads]` and rank `[tokens]`, floats: see
     `averaging.AveragedKV`. serial: this object's own number in this process, by which pages of its rows are
-    found again: tensors of a record are never written to.
+    found again: tensors of a record are never written to. arrival: what K and V still wait for on their way
+    to the device (`decoder.arrival`), None where they are there.
     """
 
     k: Tensor
@@ -56,10 +60,11 @@ class KVRecord:
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
     header: dict[str, Any] = field(default_factory=dict)
+    arrival: Arrival | None = field(init=False, compare=False, repr=False, default=None)
     serial: int = field(init=False, compare=False, default_factory=_serials.__next__)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, serial=next(_serials))  # another process counts anew
+        self.__dict__.update(state, serial=next(_serials), arrival=None)  # another process counts anew
 
     @property
     def num_tokens(self) -> int:
@@ -75,6 +80,8 @@ class KVRecord:
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> KVRecord:
         """The same record with its tensors elsewhere: equal numbers, so the same serial."""
+        if self.arrival is not None:
+            self.arrival.wait(self.k.shape[0] - 1)
         tensors: dict[str, Any] = {name: move(tensor) for name, tensor in self.tensors().items()}
         other = replace(self, **tensors)
         object.__setattr__(other, "serial", self.serial)

@@ -15,7 +15,7 @@ from memos_engine.decoder.layers import KVCapture, ProbeInput, StepInput
 from memos_engine.decoder.model import PagedDecoder
 from memos_engine.decoder.recompute import Probe
 from memos_engine.decoder.sequence import Sequence, Splice
-from memos_engine.decoder.splice import splice
+from memos_engine.decoder.splice import require_fitting, splice
 
 
 class ModelRunner:
@@ -26,17 +26,37 @@ class ModelRunner:
         self.cache = cache
         self.graphs = graph_runner(model, cache, max_batch)
         self.device = model.weights.device
+        self._arriving: list[tuple[Splice, Tensor]] = []  # with their slots; the next forward writes them
 
     def copy_pages(self, copies: list[tuple[int, int]]) -> None:
+        if copies:
+            self.settle()
         for source, target in copies:
             self.cache.copy_block(source, target)
 
     def splice(self, seq: Sequence, parts: list[Splice]) -> None:
-        """Puts stored K and V where the request wants them."""
+        """Puts stored K and V where the request wants them; of records that are still on their way to the
+        device, the next forward does it layer by layer."""
         blocks = np.asarray(seq.blocks, dtype=np.int64)
         for part in parts:
             slots = self._slots(blocks, np.arange(part.start, part.start + part.count))
-            splice(self.model, self.cache, part, self._put(slots))
+            require_fitting(self.model, part.record)
+            if part.record.arrival is None or part.record.arrival.done:
+                splice(self.model, self.cache, part, self._put(slots))
+            else:
+                self._arriving.append((part, self._put(slots)))
+
+    def settle(self) -> None:
+        """Whatever was to be spliced is in its pages after this: before anything but a forward uses them."""
+        for layer in range(self.model.spec.num_layers if self._arriving else 0):
+            self._splice_layer(layer)
+        self._arriving.clear()
+
+    def _splice_layer(self, layer: int) -> None:
+        for part, slots in self._arriving:
+            if part.record.arrival is not None:
+                part.record.arrival.wait(layer)
+            splice(self.model, self.cache, part, slots, layer)
 
     def run(self, batch: Seq[Rows], capture: KVCapture | None = None) -> Tensor:
         """Computes rows of several requests in one forward.
@@ -49,10 +69,12 @@ class ModelRunner:
         single = len(batch) == step.token_ids.shape[0]  # one row each: all of them are last ones
         last = None if single else step.query_start[1:].long() - 1
         hidden = None
-        if self.graphs is not None and capture is None and step.probe is None:
+        before = self._splice_layer if self._arriving else None
+        if self.graphs is not None and capture is None and step.probe is None and before is None:
             hidden = self.graphs.run(step, last)
         if hidden is None:
-            hidden = self.model.forward(step, self.cache, rows=last, capture=capture)
+            hidden = self.model.forward(step, self.cache, rows=last, capture=capture, before=before)
+        self._arriving.clear()
         if step.probe is not None:  # added only now: a forward that failed leaves nothing behind
             sizes = [len(probe.positions) for probe in probed]
             for probe, scores in zip(probed, torch.split(step.probe.scores, sizes), strict=True):
@@ -112,6 +134,7 @@ class ModelRunner:
 
     def grow(self, num_blocks: int, used: list[int]) -> None:
         """Moves to a larger cache; the content of the `used` blocks goes along."""
+        self.settle()
         old = self.cache
         self.cache = KVCache(self.model.spec, num_blocks, old.page, old.k.dtype, old.k.device)
         self.cache.take(old, used)

@@ -30,7 +30,7 @@ class Moves:
             self.where[id(other)] = place
             return other
 
-        return move
+        return lambda record: record.moved(move)
 
     def of(self, record):
         (place,) = {self.where.get(id(t), "disk") for t in record.tensors().values()}
