@@ -22,7 +22,8 @@ from memos_engine.memory.values import (
 
 @dataclass(frozen=True, eq=False)
 class NewMemory:
-    """A memory to be added; its fields are the arguments of `MemoryStore.add`. Raises `MemoryInputError`."""
+    """A memory to be added; its fields are the arguments of `MemoryStore.add`, where a `valid_from` becomes a
+    `fact` that says no more. Raises `MemoryInputError`."""
 
     text: str
     vector: npt.ArrayLike | None = None
@@ -63,6 +64,7 @@ class NewMemory:
             if self.fact is not None:
                 raise MemoryInputError("a fact has a valid_from of its own; give that one only.")
             object.__setattr__(self, "fact", Fact(valid_from=self.valid_from))
+            object.__setattr__(self, "valid_from", None)
 
 
 def check_embedding(vector: npt.ArrayLike | None, model_id: str | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from memos_engine.memory.embed import COMMON_WORDS
 from memos_engine.memory.filters import Filters
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.hnsw import IndexLimits
+from memos_engine.memory.new import NewMemory
 from memos_engine.memory.passages import Bools, Ints, microseconds
 from memos_engine.memory.retrieval import RetrievalWeights, Scores, fuse, word_views
 from memos_engine.memory.search import Explanation, Search
@@ -82,12 +83,8 @@ class MemOperator:
         valid_from: datetime | None = None,
     ) -> MemCube:
         """Embed and store a new memory; see `MemoryStore.add` for its promises and errors."""
-        validate_text(text)
-        return self._store.add(
-            principal,
+        new = NewMemory(
             text,
-            vector=None if self._embedder is None else self._embed([text])[0],
-            model_id=None if self._embedder is None else self._embedder.model_id,
             tags=tags,
             semantic_type=semantic_type,
             origin=origin,
@@ -95,6 +92,13 @@ class MemOperator:
             session=session,
             valid_from=valid_from,
         )
+        return self._store.add_many(principal, [self.embedded(new)])[0]
+
+    def embedded(self, new: NewMemory) -> NewMemory:
+        """The memory with its embedding, unless there is no embedder or it has one."""
+        if self._embedder is None or new.vector is not None:
+            return new
+        return replace(new, vector=self._embed([new.text])[0], model_id=self._model_id)
 
     def recall(
         self,

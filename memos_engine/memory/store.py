@@ -21,13 +21,14 @@ from memos_engine.memory.store_past import TimeVerbs
 from memos_engine.memory.store_read import ReadVerbs
 from memos_engine.memory.store_retrieval import RetrievalRows
 from memos_engine.memory.store_sweep import SweepVerbs
+from memos_engine.memory.store_transfer import TransferVerbs
 from memos_engine.memory.store_vectors import VectorRows
 from memos_engine.memory.vault import FileSystem
 
 __all__ = ["HistoryEntry", "MemoryStore", "NewMemory"]
 
 
-class MemoryStore(ReadVerbs, TimeVerbs, AccessVerbs, SweepVerbs, RetrievalRows, VectorRows):
+class MemoryStore(ReadVerbs, TimeVerbs, TransferVerbs, AccessVerbs, SweepVerbs, RetrievalRows, VectorRows):
     """An open store; made by `MemoryStore.open`, usable by all threads of the process that opened it."""
 
     @classmethod

@@ -6,8 +6,9 @@ import contextlib
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,7 @@ from memos_engine.memory.store_db import INDEX, VAULT, StoreDB, translate
 from memos_engine.memory.store_rows import append_audit, last_moment
 from memos_engine.memory.store_view import View, view
 from memos_engine.memory.values import moment_text
-from memos_engine.memory.vault import FileSystem, MemVault
+from memos_engine.memory.vault import BlobRef, FileSystem, MemVault
 
 Clock = Callable[[], datetime]
 
@@ -31,8 +32,19 @@ def utc_now() -> datetime:
     return datetime.now(timezone.utc)
 
 
+@dataclass
+class Together:
+    """What has to wait for the end of a `transaction`: refusals to audit, files to remove."""
+
+    refused: list[Mapping[str, object]] = field(default_factory=list)
+    removed: list[BlobRef] = field(default_factory=list)
+
+
 class StoreBase:
-    """An open store. `vault` keeps its payload files, `keys` its secrets, `store_id` names it forever."""
+    """An open store. `vault` keeps its payload files, `keys` its secrets, `store_id` names it forever.
+
+    `undone` counts transactions of several verbs that were undone: what was read within one never was.
+    """
 
     def __init__(
         self, directory: Path, keyring: KeyRing, clock: Clock, busy_timeout_ms: int, fs: FileSystem | None
@@ -41,6 +53,8 @@ class StoreBase:
         self._clock = clock
         self._ids = CubeIds()
         self._latest = ""
+        self._together: Together | None = None
+        self.undone = 0
         if keyring.directory.absolute().resolve().is_relative_to(directory.resolve()):
             raise StoreError(
                 f"the keys ({keyring.directory}) would lie inside of the store {directory}, so that a copy "
@@ -139,9 +153,71 @@ class StoreBase:
                 yield conn, self._moment(conn)
         except RefusedError as error:
             if error.event is not None:
-                with self._db.write() as conn:
-                    append_audit(conn, self._moment(conn), error.event)
+                self._audit_refusal(error.event)
             raise
+
+    def _audit_refusal(self, event: Mapping[str, object]) -> None:
+        if self._together is not None:
+            self._together.refused.append(event)
+            return
+        with self._db.write() as conn:
+            append_audit(conn, self._moment(conn), event)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All verbs of this thread within it happen together or, where an exception leaves it, not at all.
+
+        One within another can be undone alone. Nobody else writes, and no other thread of this process
+        reads, until it ends: keep it short, without a model in it. What was refused is audited in any case.
+        Erasures within it need `rewrite=False` and `finish_erasures` afterwards.
+        """
+        with self._db.read():  # no other thread gets in between
+            if self._together is not None:
+                try:
+                    with self._db.write():
+                        yield
+                except BaseException:
+                    self.undone += 1
+                    raise
+                return
+            together = self._together = Together()
+            try:
+                with self._db.write():
+                    yield
+            except BaseException:
+                self.undone += 1
+                raise
+            else:
+                removed = together.removed
+            finally:
+                self._together = None
+                for event in together.refused:
+                    self._audit_refusal(event)
+            self._remove(removed)
+
+    def _remove(self, refs: Iterable[BlobRef], *, lenient: bool = True) -> tuple[BlobRef, ...]:
+        """Remove files that no row names, under the write lock: nobody can begin to name them meanwhile.
+
+        Within a `transaction` the files wait for its end: if it is undone, rows name them again. Returns
+        which no row names. A file that cannot be removed is an orphan, which `collect` tries again; unless
+        not `lenient`.
+        """
+        candidates = list(dict.fromkeys(refs))
+        if not candidates:
+            return ()
+        with self._db.write() as conn:
+            named = "SELECT 1 FROM kv_artifact WHERE sha256 = ?"
+            free = tuple(ref for ref in candidates if not conn.execute(named, (ref.sha256,)).fetchone())
+            if self._together is not None:
+                self._together.removed += free
+                return free
+            for ref in free:
+                try:
+                    self.vault.delete(ref)
+                except StoreError:
+                    if not lenient:
+                        raise
+        return free
 
     def _moment(self, conn: sqlite3.Connection) -> str:
         """The moment of a write, within its transaction; clocks may go back, the store's does not."""

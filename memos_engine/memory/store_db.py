@@ -75,6 +75,7 @@ class StoreDB:
         self.path = directory / DATABASE
         self._lock = threading.RLock()
         self._pid = os.getpid()
+        self._within = False  # a transaction, which a nested one is a part of
         self._conn: sqlite3.Connection | None = None
         try:
             _check_directory(directory)
@@ -135,9 +136,17 @@ class StoreDB:
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that holds the write lock from its start; any exception undoes all of it."""
+        """A transaction that holds the write lock from its start; any exception undoes all of it.
+
+        Within another one of the same thread it is a part of that one, which can be undone alone.
+        """
         with self.read() as conn:
+            if self._within:
+                with _savepoint(conn):
+                    yield conn
+                return
             conn.execute("BEGIN IMMEDIATE")
+            self._within = True
             try:
                 yield conn
                 self.commit(conn)
@@ -145,6 +154,8 @@ class StoreDB:
                 if conn.in_transaction:  # SQLite itself rolls back when the disk is full
                     conn.execute("ROLLBACK")
                 raise
+            finally:
+                self._within = False
 
     def commit(self, conn: sqlite3.Connection) -> None:
         conn.execute("COMMIT")
@@ -159,6 +170,21 @@ class StoreDB:
             conn.execute("VACUUM")
             busy, _, _ = conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             return not busy
+
+
+@contextmanager
+def _savepoint(conn: sqlite3.Connection) -> Iterator[None]:
+    if not conn.in_transaction:
+        raise StoreError("the transaction was undone, as when the disk is full; repeat all of it.")
+    conn.execute("SAVEPOINT part")
+    try:
+        yield
+    except BaseException:
+        if conn.in_transaction:
+            conn.execute("ROLLBACK TO part")
+            conn.execute("RELEASE part")
+        raise
+    conn.execute("RELEASE part")
 
 
 def _check_directory(directory: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from memos_engine.errors import (
     MemoryInputError,
@@ -218,6 +218,11 @@ class KVRows(StoreBase):
             ).fetchall()
         if not pending:
             return 0
+        if self._together is not None:
+            raise StoreError(
+                "a transaction is open, and the database cannot be rewritten in it; call "
+                "finish_erasures() after it, and erase with rewrite=False."
+            )
         self._remove(
             (BlobRef(*ref) for _, payloads in pending for ref in json.loads(payloads)), lenient=False
         )
@@ -239,23 +244,3 @@ class KVRows(StoreBase):
                 "UPDATE erasure SET scrubbed_at = ? WHERE cube_id = ?", [(now, row[0]) for row in pending]
             )
         return len(pending)
-
-    def _remove(self, refs: Iterable[BlobRef], *, lenient: bool = True) -> tuple[BlobRef, ...]:
-        """Remove files that no row names, under the write lock: nobody can begin to name them meanwhile.
-
-        Returns which no row names. A file that cannot be removed is an orphan, which `collect` tries again;
-        unless not `lenient`.
-        """
-        candidates = list(dict.fromkeys(refs))
-        if not candidates:
-            return ()
-        with self._db.write() as conn:
-            named = "SELECT 1 FROM kv_artifact WHERE sha256 = ?"
-            free = tuple(ref for ref in candidates if not conn.execute(named, (ref.sha256,)).fetchone())
-            for ref in free:
-                try:
-                    self.vault.delete(ref)
-                except StoreError:
-                    if not lenient:
-                        raise
-        return free

@@ -138,6 +138,7 @@ class WriteVerbs(StoreBase):
         new: NewMemory,
         vector: Vector | None,
         now: str,
+        provenance_id: str | None = None,
     ) -> MemCube:
         token = None
         if new.idempotency_key is not None:
@@ -154,10 +155,11 @@ class WriteVerbs(StoreBase):
         conn.execute(
             "INSERT INTO cube (id, provenance_id, owner, kind, version, state, created_at, updated_at, "
             "origin, semantic_type, visibility, priority, ttl_at, half_life_s, sensitivity, idempotency) "
-            "VALUES (:id, :id, :owner, 'text', 1, :state, :now, :now, :origin, :type, :visibility, "
-            ":priority, :ttl, :half_life, :sensitivity, :token)",
+            "VALUES (:id, coalesce(:provenance, :id), :owner, 'text', 1, :state, :now, :now, :origin, :type, "
+            ":visibility, :priority, :ttl, :half_life, :sensitivity, :token)",
             {
                 "id": cube_id,
+                "provenance": provenance_id,
                 "owner": owner,
                 "state": LifecycleState.GENERATED.value,
                 "now": now,

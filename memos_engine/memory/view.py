@@ -47,6 +47,7 @@ class View:
         self._store, self._principal, self._model_id = store, principal, model_id
         self._limits, self._run = limits, run
         self._seq: int | None = None
+        self._undone = store.undone
         self._rights: datetime | None = None  # when they change by themselves
         self._building = False
         about = json.dumps([store.store_id, principal.tenant, principal.key, model_id])
@@ -54,8 +55,10 @@ class View:
 
     def refresh(self) -> None:
         """Take in every write that was committed before the call, by whichever process."""
+        undone = self._store.undone
         seq, ids = self._store.changes(self._seq)
-        if self._rights is not None and self._store.now() >= self._rights:
+        over = self._rights is not None and self._store.now() >= self._rights
+        if over or self._undone != undone:
             ids = None
         if ids is not None and len(ids) > max(_MANY, len(self.passages) // 4):
             ids = None
@@ -66,7 +69,7 @@ class View:
             gone, _ = self.passages.replace(ids, rows)
             self.index.drop(gone)
             self._put(rows)
-        self._seq = seq
+        self._seq, self._undone = seq, undone
         self._choose()
 
     @property
