@@ -14,15 +14,16 @@ PAGE = (Path(__file__).parents[2] / "docs" / "memory-model.md").read_text(encodi
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert found is not None
+    first, pipelines = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEMOS_ENGINE_KEYS", str(tmp_path / "keys"))
     names: dict[str, Any] = {}
-    exec(found[1], names)
+    exec(first, names)
     store, alice = names["store"], names["alice"]
     assert [cube.body for cube in store.list(alice)] == ["Alice lives in Paris."]
     assert store.get(names["bob"], names["rome"].id).state is LifecycleState.ARCHIVED
+    exec(pipelines, names)
+    assert len(store.list(alice)) > 1
     store.close()
 
 
