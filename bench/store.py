@@ -1,11 +1,14 @@
-"""The store by its size: adding a memory beside a bare fsync, reading one, opening, bytes on disk.
+"""The store by its size: adding a memory beside a bare fsync, reading one, searching, opening, bytes on disk.
 
 Memories have 200 characters, no embedding and no KV. Every read goes through access control: somebody reads
-who sees the memories by a grant. The stores take turns, round by round, each with an fsync of its own disk.
+and searches who sees the memories by a grant. The stores take turns, round by round, each with an fsync of
+its own disk.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import random
 import statistics
@@ -21,7 +24,9 @@ from memos_engine.bench.document import Document, Row
 from memos_engine.bench.options import Options, Progress, silent
 from memos_engine.bench.stats import p95, paired_bootstrap, timing
 
+from memos_engine.memory.embed import COMMON_WORDS
 from memos_engine.memory.governance import KeyRing, Principal
+from memos_engine.memory.operator import MemOperator
 from memos_engine.memory.store import MemoryStore, NewMemory
 
 SIZES = (1_000, 10_000, 100_000)
@@ -29,6 +34,7 @@ QUICK_SIZES = (1_000, 5_000)
 CHARACTERS = 200
 BATCH = 1_000  # memories added in one transaction while a store is filled
 WARM_UP = 5
+VOCABULARY = 30_000
 PAGE = b"x" * 4096
 OWNER, READER = Principal("bench", "owner"), Principal("bench", "reader")
 NOTES = (
@@ -37,6 +43,9 @@ NOTES = (
     "the same round.",
     "get: by id, by a user who sees the memories through a grant; past: the same memory as of an "
     "earlier moment.",
+    "search: the ten best for eight words that follow each other in some memory, by the same user; words are "
+    "as frequent as Zipf says, the most frequent ones English function words. Each search comes after an add, "
+    "which it takes in; first_search_s is the first search of a process, which reads what may be searched.",
     "bytes_per_cube: all files of the closed store, for the memories in it.",
 )
 
@@ -53,6 +62,11 @@ class Bed:
     fsync_ms: list[float] = field(default_factory=list)
     get_ms: list[float] = field(default_factory=list)
     past_ms: list[float] = field(default_factory=list)
+    search_ms: list[float] = field(default_factory=list)
+    first_search_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.operator = MemOperator(self.store)
 
 
 def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
@@ -67,11 +81,19 @@ def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
 
 
 def words(rng: random.Random) -> str:
-    """A text of 200 characters in made-up words, as different from others as notes are."""
-    text = ""
-    while len(text) < CHARACTERS:
-        text += "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) + " "
+    """A text of 200 characters: common English words and made-up ones, as frequent as Zipf's law says."""
+    vocabulary, weights = _vocabulary()
+    text = " ".join(rng.choices(vocabulary, cum_weights=weights, k=CHARACTERS // 2))
     return text[: CHARACTERS - 1] + "."
+
+
+@functools.cache
+def _vocabulary() -> tuple[list[str], list[float]]:
+    rng = random.Random(0)
+    found = dict.fromkeys(sorted(COMMON_WORDS, key=lambda word: (len(word), word)))
+    while len(found) < VOCABULARY:
+        found["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 10)))] = None
+    return list(found), list(itertools.accumulate(1 / (rank + 2.7) for rank in range(len(found))))
 
 
 def _measured(
@@ -98,6 +120,9 @@ def _filled(root: Path, size: int, rng: random.Random) -> Bed:
     while len(bed.ids) < size:
         batch = [NewMemory(words(rng), tags=("bench",)) for _ in range(min(BATCH, size - len(bed.ids)))]
         bed.ids += [cube.id for cube in bed.store.add_many(OWNER, batch)]
+    start = time.perf_counter()
+    bed.operator.recall(READER, words(rng)[:40], k=10)
+    bed.first_search_s = time.perf_counter() - start
     return bed
 
 
@@ -115,6 +140,10 @@ def _turn(bed: Bed, rng: random.Random, *, keep: bool) -> None:
         (bed.past_ms, lambda: bed.store.get(READER, one, as_of=moment)),
     ]
     rng.shuffle(timed)
+    said = (bed.store.get(OWNER, rng.choice(bed.ids)).body or "").split()
+    at = rng.randrange(max(1, len(said) - 8))
+    query = " ".join(said[at : at + 8])
+    timed.append((bed.search_ms, lambda: bed.operator.recall(READER, query, k=10)))
     for samples, call in timed:
         start = time.perf_counter()
         call()
@@ -148,6 +177,8 @@ def _row(bed: Bed) -> Row:
         "fsync_ms_p95": round(p95(bed.fsync_ms), 3),
         **{k: v for k, v in timing(bed.get_ms, "get_ms").items() if k.startswith("get")},
         **{k: v for k, v in timing(bed.past_ms, "past_ms").items() if k.startswith("past")},
+        **{k: v for k, v in timing(bed.search_ms, "search_ms").items() if k.startswith("search")},
+        "first_search_s": round(bed.first_search_s, 3),
         "open_s": round(statistics.median(opened), 4),
         "bytes_per_cube": round(size / len(bed.ids)),
     }

@@ -74,6 +74,7 @@ TITLES = {
     "get_ms_p95": "get ms, P95",
     "past_ms_p50": "get as of ms, P50",
     "past_ms_p95": "get as of ms, P95",
+    "first_search_s": "first search s",
     "open_s": "open s",
     "bytes_per_cube": "bytes a memory",
     "call_ms_p50": "ms a call, P50",

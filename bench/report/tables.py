@@ -51,7 +51,7 @@ ORDER = {
     "fetch_ms_p50 prefix_tokens kv_share host_share records vault_mb rss_mb records_changed records_added "
     "records_written tokens_per_s n",
     "store": "system cubes add_ms_p50 add_ms_p95 fsync_ms_p95 search_ms_p50 search_ms_p95 get_ms_p50 "
-    "get_ms_p95 past_ms_p50 past_ms_p95 open_s bytes_per_cube n",
+    "get_ms_p95 past_ms_p50 past_ms_p95 first_search_s open_s bytes_per_cube n",
     "compare": "row metric better a b ratio low high verdict why",
 }
 HIDDEN = {

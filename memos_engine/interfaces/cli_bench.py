@@ -170,7 +170,7 @@ _COLUMNS = {
     "load": "mode traffic offered_per_s clients met_share goodput_per_s ttft_ms_p50 ttft_ms_p95 itl_ms_p50",
     "paper-table5": "context query build_ms direct_ms ours_ms reduction break_even paper_reduction",
     "retrieval": "retriever r_at_5 r_at_10 r_at_10_low r_at_10_high mrr search_ms_p50 n",
-    "store": "cubes add_ms_p50 add_ms_p95 fsync_ms_p95 get_ms_p50 get_ms_p95 open_s bytes_per_cube",
+    "store": "cubes add_ms_p50 add_ms_p95 fsync_ms_p95 search_ms_p50 get_ms_p50 open_s bytes_per_cube",
     "steady": "part recompute ttft_ms_p50 ttft_ms_p95 host_share vault_mb records_changed records_added",
 }
 
@@ -196,7 +196,7 @@ for _bench, _summary in {
     "int8": "What decoding with weights of eight bits costs in quality.",
     "retrieval": "Evidence recall on LoCoMo: BM25, dense, RRF, ours with and without an embedder.",
     "steady": "Hundreds of requests in novel orders: last against first TTFT; do records stay as they were?",
-    "store": "The store by its size: adding beside a bare fsync, reading, opening, bytes on disk.",
+    "store": "The store by its size: adding beside a bare fsync, searching, reading, opening, bytes on disk.",
     "all": "Everything above, into one folder with one report.",
 }.items():
     _register(_bench, _summary)

@@ -187,11 +187,12 @@ class MemOperator:
         ranking = fuse(raw, passages, active, self.weights, intervals=times, terms=terms, present=present)
         return Search(view, active, allowed, ranking, tuple(times), query)
 
-    def query_stems(self, text: str) -> list[str]:
-        """The stems of a query that are looked up: common words only where there is nothing else."""
-        stems = list(dict.fromkeys(self._stems(text)))
-        rare = [stem for stem in stems if stem not in self._common] or stems
-        return sorted(rare, key=lambda stem: (-len(stem), stem))[:MAX_STEMS]
+    def query_stems(self, text: str) -> dict[str, str]:
+        """The stems of a query that are looked up, with a word of each: common words only where there is
+        nothing else."""
+        words = self._stems.words(text)
+        rare = [stem for stem in words if stem not in self._common] or list(words)
+        return {stem: words[stem] for stem in sorted(rare, key=lambda s: (-len(s), s))[:MAX_STEMS]}
 
     def _intervals(self, text: str, now: datetime, valid_from: Ints) -> list[tuple[int, int]]:
         if self.weights.dated == 0 or not intervals(text, now, [2000]):  # a leap year: every day exists

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +25,27 @@ def microseconds(iso: str) -> int:
     return int(moment.timestamp()) * 1_000_000 + moment.microsecond
 
 
+@dataclass(frozen=True)
+class _Active:
+    """The last answer of `active`, good from `since` until before `ends` (microseconds)."""
+
+    states: tuple[int, ...]
+    since: int
+    ends: int
+    mask: Bools
+    context_words: Ints
+
+    def holds(self, states: tuple[int, ...], now: int) -> bool:
+        return self.states == states and self.since <= now < self.ends
+
+
 class Passages:
     """Rows as columns, ordered by key.
 
     `keys [n] int64`, ascending; `ids [n]` the memories' ids as bytes; `words`, `valid_from` and `until`
     (microseconds, `NEVER` without one) `[n] int64`; `state [n]`; `source [n]`: equal for rows of a session,
-    -1 without one; `before` and `after` `[n]`: the row of the neighbour in the session, or -1. A row keeps
-    its place in its session whatever its state.
+    -1 without one; `before` and `after` `[n]`: the row of the neighbour in the session, or -1; `linked`:
+    whether there is any. A row keeps its place in its session whatever its state.
     """
 
     def __init__(self) -> None:
@@ -57,8 +72,11 @@ class Passages:
         added = self._columns(new)
         gone = np.setdiff1d(self.keys[out], added["keys"])
         kept = {name: np.concatenate([getattr(self, name)[~out], added[name]]) for name in added}
-        order = np.argsort(kept["keys"], kind="stable")
-        self._set({name: column[order] for name, column in kept.items()})
+        keys = kept["keys"]
+        if not (keys[1:] > keys[:-1]).all():
+            order = np.argsort(keys, kind="stable")
+            kept = {name: column[order] for name, column in kept.items()}
+        self._set(kept)
         return gone, [row.key for row in new]
 
     def rows_of(self, keys: Ints) -> Ints:
@@ -69,9 +87,29 @@ class Passages:
         return np.asarray(at[self.keys[at] == keys], dtype=np.int64)
 
     def active(self, states: Iterable[LifecycleState], now: int) -> Bools:
-        """`[n]`: in one of the states, and not past its time to live at `now` (microseconds)."""
-        wanted = [_STATES.index(state.value) for state in states]
-        return np.asarray(np.isin(self.state, wanted) & (self.until > now))
+        """`[n]`: in one of the states, and not past its time at `now` (microseconds). Read-only."""
+        wanted = tuple(sorted(_STATES.index(state.value) for state in states))
+        if self._active is None or not self._active.holds(wanted, now):
+            there = self.until > now
+            mask = np.asarray(np.isin(self.state, wanted) & there)
+            mask.flags.writeable = False
+            ends = int(self.until[there].min(initial=NEVER))
+            self._active = _Active(wanted, now, ends, mask, self._context_words(mask))
+        return self._active.mask
+
+    def context_words(self, active: Bools) -> Ints:
+        """`[n]`: words of each memory and of the two before it in its session, as far as they are active."""
+        if self._active is not None and self._active.mask is active:
+            return self._active.context_words
+        return self._context_words(active)
+
+    def _context_words(self, active: Bools) -> Ints:
+        count = np.where(active, self.words, 0)
+        total = count.copy()
+        for row in self.steps(2, forward=False) if self.linked else ():
+            there = row >= 0
+            total[there] += count[row[there]]
+        return np.asarray(np.where(active, total, 0), np.int64)
 
     def _columns(self, rows: list[PassageRow]) -> dict[str, npt.NDArray[np.generic]]:
         source = [
@@ -103,6 +141,8 @@ class Passages:
         self.state = columns["state"]
         self.embedded: Bools = columns["embedded"]  # type: ignore[assignment]
         self.before, self.after = self._neighbours()
+        self.linked = bool((self.before >= 0).any())
+        self._active: _Active | None = None
 
     def _neighbours(self) -> tuple[Ints, Ints]:
         before, after = np.full(len(self), -1), np.full(len(self), -1)

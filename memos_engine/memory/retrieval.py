@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -81,16 +80,6 @@ class Ranking:
     relevance: Scores
 
 
-Values = TypeVar("Values", Bools, Ints, Scores)
-
-
-def lend(values: Values, row: Ints) -> Values:
-    """`values [..., n]` of the rows named, zero where a row is -1."""
-    taken: Values = values[..., row]
-    taken[..., row < 0] = 0
-    return taken
-
-
 def word_views(
     passages: Passages, active: Bools, postings: Mapping[str, Ints], weights: RetrievalWeights
 ) -> tuple[dict[str, Scores], tuple[tuple[str, float], ...], Bools]:
@@ -99,49 +88,74 @@ def word_views(
     All counts are of active passages, so that no score depends on what the caller may not see.
     """
     n = len(passages)
-    found: list[tuple[int, str, Bools]] = []
+    found: list[tuple[int, str, Ints]] = []
     for stem, keys in postings.items():
-        here = np.zeros(n, np.bool_)
-        here[passages.rows_of(keys)] = True
-        here &= active
-        if here.any():
-            found.append((int(here.sum()), stem, here))
+        rows = passages.rows_of(keys)
+        rows = rows[active[rows]]
+        if len(rows):
+            found.append((len(rows), stem, rows))
     found.sort(key=lambda item: item[:2])
     found = found[: weights.max_terms]
-    present = np.array([item[2] for item in found], np.bool_).reshape(len(found), n)
-    count = np.where(active, passages.words, 0)
-    one, two = passages.steps(2, forward=False)
-    context = (present | lend(present, one) | lend(present, two)) & active
-    context_count = count + lend(count, one) + lend(count, two)
-    rarity = _rarity(present, active)
+    present = np.zeros((len(found), n), np.bool_)
+    for here, (_, _, rows) in zip(present, found, strict=True):
+        here[rows] = True
+    context = _with_followers(present, [item[2] for item in found], passages, active)
+    held = [item[2] for item in found]
+    around = [np.flatnonzero(row) for row in context] if passages.linked else held
+    total = int(np.count_nonzero(active))
+    rarity = _rarity(held, total)
+    words, near = np.where(active, passages.words, 0), passages.context_words(active)
     views = {
-        "words": _coverage(present, rarity, count, active, weights.length),
-        "words_context": _coverage(context, _rarity(context, active), context_count, active, weights.length),
+        "words": _coverage(held, rarity, words, active, weights.length),
+        "words_context": _coverage(around, _rarity(around, total), near, active, weights.length),
     }
     terms = tuple((item[1], float(value)) for item, value in zip(found, rarity, strict=True))
     return views, terms, present
 
 
-def _rarity(present: Bools, active: Bools) -> Scores:
-    """BM25's inverse document frequency, in the form that is never negative."""
-    held = present.sum(axis=1)
-    return np.asarray(np.log1p((active.sum() - held + 0.5) / (held + 0.5)), dtype=np.float64)
+def _with_followers(present: Bools, rows: Sequence[Ints], passages: Passages, active: Bools) -> Bools:
+    """`present`, and true for the two rows behind each in its session, too, where they are active."""
+    if not passages.linked:
+        return present
+    context = present.copy()
+    for here, held in zip(context, rows, strict=True):
+        behind = held
+        for _ in range(2):
+            behind = passages.after[behind]
+            behind = behind[behind >= 0]
+            here[behind] = True
+        here &= active
+    return context
 
 
-def _coverage(present: Bools, rarity: Scores, words: Ints, active: Bools, length: float) -> Scores:
+def _rarity(rows: Sequence[Ints], total: int) -> Scores:
+    """BM25's inverse document frequency, in the form that is never negative. `rows`: where each term is."""
+    held = np.array([len(one) for one in rows], np.float64)
+    return np.asarray(np.log1p((total - held + 0.5) / (held + 0.5)), dtype=np.float64)
+
+
+def _coverage(rows: Sequence[Ints], rarity: Scores, words: Ints, active: Bools, length: float) -> Scores:
     """BM25 in which a word counts once however often it comes (k1 = 0 there), with a say for length."""
-    mean = max(1.0, float(words[active].mean())) if active.any() else 1.0
-    return np.asarray((rarity @ present) / (1 - length + length * words / mean), dtype=np.float64)
+    score = np.zeros(len(active))
+    for one, value in zip(rows, rarity, strict=True):
+        score[one] += value
+    mean = max(1.0, float(words.sum()) / max(1, int(np.count_nonzero(active))))
+    some = np.flatnonzero(score)
+    score[some] /= 1 - length + length * words[some] / mean
+    return score
 
 
 def spread(base: Scores, passages: Passages, weights: RetrievalWeights, active: Bools) -> Scores:
     """What neighbours in the session lend: who asks and who answers share what a query is about."""
     gained = np.zeros_like(base)
-    for forward, share in ((False, weights.from_before), (True, weights.from_after)):
-        if share == 0:
-            continue
-        for row in passages.steps(weights.reach, forward):
-            gained += share * lend(base, row)
+    lenders = np.flatnonzero(base) if passages.linked else np.zeros(0, np.int64)
+    for link, share in ((passages.after, weights.from_before), (passages.before, weights.from_after)):
+        borrowers, sources = lenders, lenders
+        for _ in range(weights.reach if share and len(lenders) else 0):
+            borrowers = link[borrowers]
+            there = borrowers >= 0
+            borrowers, sources = borrowers[there], sources[there]
+            gained[borrowers] += share * base[sources]
             share *= weights.fading
     return np.where(active, gained, 0)
 

@@ -58,31 +58,32 @@ class Search:
         `matching_only`: none of no relevance. `first`: that many of them, or some more, are enough.
         """
         ranking, places = self.ranking, self.view.passages.place
-        score = np.round(self._scores(), DIGITS)
         taken = self.allowed
         if matching_only:
             taken = taken & (ranking.relevance > 0)
-        if min_score is not None:
-            taken = taken & (score >= min_score)
         rows = np.flatnonzero(taken)
+        if min_score is not None:
+            rows = rows[np.round(self._scores(rows), DIGITS) >= min_score]
         if first is not None and len(rows) > first:
             least = np.partition(ranking.relevance[rows], -first)[-first]
             rows = rows[ranking.relevance[rows] >= least]
-        return rows[np.lexsort((places[rows], -score[rows], -ranking.relevance[rows]))]
+        score = np.round(self._scores(rows), DIGITS)
+        return rows[np.lexsort((places[rows], -score, -ranking.relevance[rows]))]
 
     def scores(self, rows: Ints) -> list[float]:
         """What `Candidate.score` says of each row."""
-        found = self._scores()[rows]
+        found = self._scores(rows)
         if self.query is not None and not self.view.exact:  # some were not looked at
             vectors = self.view.index.vectors(self.view.passages.keys[rows])
             found = cosines(self.query, vectors).astype(np.float64)
         return [round(float(score), DIGITS) for score in found]
 
-    def _scores(self) -> Scores:
+    def _scores(self, rows: Ints) -> Scores:
         if self.query is not None:
-            return self.ranking.raw["dense"]
+            return self.ranking.raw["dense"][rows]
         rarity = np.array([rarity for _, rarity in self.ranking.terms])
-        return np.asarray(rarity @ self.ranking.present / (rarity.sum() or 1.0), dtype=np.float64)
+        held = self.ranking.present[:, rows].astype(np.float64)
+        return np.asarray(rarity @ held / (rarity.sum() or 1.0), dtype=np.float64)
 
     def row(self, cube_id: str) -> int:
         found = np.flatnonzero(self.view.passages.ids == cube_id.encode())

@@ -20,6 +20,7 @@ from memos_engine.memory.cube import CubeIds, time_from_text, time_to_text, vali
 from memos_engine.memory.governance import KeyRing, Principal, StoreKeys
 from memos_engine.memory.snapshots import SnapshotFiles
 from memos_engine.memory.store_db import INDEX, VAULT, StoreDB, translate
+from memos_engine.memory.store_fts import PostingsCache
 from memos_engine.memory.store_rows import append_audit, last_moment
 from memos_engine.memory.store_view import View, view
 from memos_engine.memory.values import moment_text
@@ -53,6 +54,7 @@ class StoreBase:
         self._clock = clock
         self._ids = CubeIds()
         self._latest = ""
+        self._postings = PostingsCache()
         self._together: Together | None = None
         self.undone = 0
         if keyring.directory.absolute().resolve().is_relative_to(directory.resolve()):
@@ -177,7 +179,7 @@ class StoreBase:
                     with self._db.write():
                         yield
                 except BaseException:
-                    self.undone += 1
+                    self._forget_undone()
                     raise
                 return
             together = self._together = Together()
@@ -185,7 +187,7 @@ class StoreBase:
                 with self._db.write():
                     yield
             except BaseException:
-                self.undone += 1
+                self._forget_undone()
                 raise
             else:
                 removed = together.removed
@@ -194,6 +196,11 @@ class StoreBase:
                 for event in together.refused:
                     self._audit_refusal(event)
             self._remove(removed)
+
+    def _forget_undone(self) -> None:
+        """Numbers of changes and passages will be given out again."""
+        self.undone += 1
+        self._postings.clear()
 
     def _remove(self, refs: Iterable[BlobRef], *, lenient: bool = True) -> tuple[BlobRef, ...]:
         """Remove files that no row names, under the write lock: nobody can begin to name them meanwhile.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sqlite3
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable
 
 import numpy as np
@@ -117,15 +118,47 @@ def purge_words(conn: sqlite3.Connection, cube_ids: Iterable[str]) -> None:
         conn.execute(f"INSERT INTO {table} ({table}) VALUES ('optimize')")
 
 
-def postings(conn: sqlite3.Connection, tenant: str, stem: str) -> Keys:
-    """Ids of the tenant's passages that hold this word, ascending. `stem` is as `Stemmer` gives it."""
+def postings(conn: sqlite3.Connection, tenant: str, word: str, after: int = 0) -> Keys:
+    """Ids above `after` of the tenant's passages that hold a word of the same stem, ascending.
+
+    `word` is one of those that `Stemmer.words` gives.
+    """
     number = _tenant(conn, tenant)
     if number is None:
         return np.zeros(0, np.int64)
+    table, phrase = _table(number), '"' + word.replace('"', '""') + '"'
     (found,) = conn.execute(
-        f"SELECT group_concat(doc) FROM {_table(number)}_words WHERE term = ?", (stem,)
+        f"SELECT group_concat(rowid) FROM {table} WHERE {table} MATCH ? AND rowid > ?", (phrase, after)
     ).fetchone()
-    return np.sort(np.fromstring(found, dtype=np.int64, sep=",")) if found else np.zeros(0, np.int64)
+    keys = np.fromstring(found or "", dtype=np.int64, sep=",")
+    return keys if (keys[1:] > keys[:-1]).all() else np.sort(keys)  # the order is FTS5's, not SQL's
+
+
+class PostingsCache:
+    """Postings that were read before: passages are only ever added, under higher ids, so that the next
+    reading is of those added since. Ids of passages that are gone stay: whoever reads them knows which are
+    there."""
+
+    def __init__(self, most: int = 512) -> None:
+        self._most = most
+        self._kept: OrderedDict[tuple[str, str], tuple[int, Keys]] = OrderedDict()
+
+    def read(self, conn: sqlite3.Connection, tenant: str, stem: str, word: str) -> Keys:
+        """As `postings`, for all of a stem's passages. One caller at a time."""
+        row = conn.execute("SELECT seq FROM sqlite_sequence WHERE name = 'passage'").fetchone()
+        last = int(row[0]) if row else 0
+        known, keys = self._kept.pop((tenant, stem), (0, np.zeros(0, np.int64)))
+        if last > known:
+            new = postings(conn, tenant, word, known)
+            keys = np.concatenate([keys, new]) if len(keys) else new
+        self._kept[tenant, stem] = max(last, known), keys
+        while len(self._kept) > self._most:
+            self._kept.popitem(last=False)
+        return keys
+
+    def clear(self) -> None:
+        """Ids of passages may be given out again, or words are to be forgotten."""
+        self._kept.clear()
 
 
 def fill_passages(conn: sqlite3.Connection) -> None:
@@ -144,14 +177,29 @@ class Stemmer:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._conn = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        self._conn.execute(f"CREATE VIRTUAL TABLE t USING fts5(text, content='', tokenize='{TOKENIZER}')")
-        self._conn.execute("CREATE VIRTUAL TABLE words USING fts5vocab(t, 'instance')")
+        for name, tokenizer in (("stems", TOKENIZER), ("plain", TOKENIZER.removeprefix("porter "))):
+            self._conn.execute(
+                f"CREATE VIRTUAL TABLE {name} USING fts5(text, content='', tokenize='{tokenizer}')"
+            )
+            self._conn.execute(f"CREATE VIRTUAL TABLE {name}_words USING fts5vocab({name}, 'instance')")
 
     def __call__(self, text: str) -> list[str]:
         """The stems of all words, in the order of the text."""
-        clean = text.replace("\0", " ").encode("utf-8", "replace").decode("utf-8")
         with self._lock:
-            self._conn.execute("INSERT INTO t (rowid, text) VALUES (1, ?)", (clean,))
-            rows = self._conn.execute("SELECT term FROM words ORDER BY offset").fetchall()
-            self._conn.execute("INSERT INTO t (t) VALUES ('delete-all')")
+            return self._terms("stems", text)
+
+    def words(self, text: str) -> dict[str, str]:
+        """The first word of each stem, by stem, in the order of the text."""
+        with self._lock:
+            pairs = zip(self._terms("stems", text), self._terms("plain", text), strict=True)
+        found: dict[str, str] = {}
+        for stem, word in pairs:
+            found.setdefault(stem, word)
+        return found
+
+    def _terms(self, name: str, text: str) -> list[str]:
+        clean = text.replace("\0", " ").encode("utf-8", "replace").decode("utf-8")
+        self._conn.execute(f"INSERT INTO {name} (rowid, text) VALUES (1, ?)", (clean,))
+        rows = self._conn.execute(f"SELECT term FROM {name}_words ORDER BY offset").fetchall()
+        self._conn.execute(f"INSERT INTO {name} ({name}) VALUES ('delete-all')")
         return [row[0] for row in rows]

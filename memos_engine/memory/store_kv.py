@@ -231,6 +231,7 @@ class KVRows(StoreBase):
             with self._db.write() as conn:
                 purge_words(conn, [row[0] for row in pending])
                 self.snapshots.clear()
+                self._postings.clear()
         except OSError as error:
             raise translate(error, self.snapshots.directory) from error
         if not self._db.shrink():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -16,7 +16,7 @@ from memos_engine.memory.filters import Filters
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.lifecycle import LifecycleState
 from memos_engine.memory.store_base import StoreBase
-from memos_engine.memory.store_fts import Keys, postings
+from memos_engine.memory.store_fts import Keys
 from memos_engine.memory.store_rows import SELECT_CUBE, Params, among, cube_of, visible
 
 _ROWS = """SELECT f.id, c.id, f.place, c.owner, f.session, f.words, f.valid_from, c.state, c.ttl_at,
@@ -98,11 +98,13 @@ class RetrievalRows(StoreBase):
             ).fetchone()
         return None if moment is None else time_from_text(moment)
 
-    def postings(self, principal: Principal, stems: Iterable[str]) -> dict[str, Keys]:
-        """Keys of the tenant's passages that hold each stem, ascending. They say nothing to the caller until
-        they are narrowed to what the caller may see."""
+    def postings(self, principal: Principal, words: Mapping[str, str]) -> dict[str, Keys]:
+        """Keys of the tenant's passages that hold each stem, ascending, for what `Stemmer.words` gives. They
+        say nothing to the caller until they are narrowed to what the caller may see."""
         with self._db.read() as conn:
-            return {stem: postings(conn, principal.tenant, stem) for stem in stems}
+            return {
+                stem: self._postings.read(conn, principal.tenant, stem, word) for stem, word in words.items()
+            }
 
     def matching(self, principal: Principal, filters: Filters) -> Keys:
         """Keys of the visible passages that pass the filters, ascending: one query with the predicate."""

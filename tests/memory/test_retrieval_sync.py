@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from memos_engine.errors import StoreError
+from memos_engine.errors import MemoryInputError, StoreError
 from memos_engine.memory import store_fts, view
 from memos_engine.memory.governance import KeyRing, Principal
 from memos_engine.memory.hnsw import IndexLimits
@@ -222,3 +225,27 @@ def test_python_without_fts5_is_named(tmp_path: Path) -> None:
     error = translate(Exception("no such module: fts5"), tmp_path)
     assert isinstance(error, StoreError)
     assert "FTS5" in str(error)
+
+
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=8))
+def test_a_word_finds_what_holds_its_stem(tmp_path_factory: Any, texts: list[str]) -> None:
+    """The index is asked by words, scores go by stems: both must mean the same memories."""
+    stemmer = store_fts.Stemmer()
+    place = tmp_path_factory.mktemp("words")
+    with MemoryStore.open(place / "store", keyring=KeyRing(place / "keys")) as store:
+        user = Principal("t", "u")
+        kept = [text for text in texts if text.strip() and "\0" not in text and "running" not in text]
+        for text in (*kept, "Running runners ran; caf\u00e9s and cafes"):
+            with contextlib.suppress(MemoryInputError):
+                store.add(user, text)
+        bodies = [cube.body or "" for cube in store.list(user)]
+        words: dict[str, str] = {}
+        for body in bodies:
+            words |= stemmer.words(body)
+        for _ in range(2):  # from the store, then as they were kept
+            found = store.postings(user, words)
+            for stem in words:
+                holding = [n for n, body in enumerate(bodies, 1) if stem in stemmer(body)]
+                assert found[stem].tolist() == holding
+            bodies.append("one more: running caf\u00e9")
+            store.add(user, bodies[-1])
