@@ -9,11 +9,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 
-.PHONY: all setup models demo test lint format bench bench-record bench-docs bench-peers wheel-test clean help
+.PHONY: all setup models demo test torture lint format bench bench-record bench-docs bench-peers wheel-test clean help
 
 help:
 	@echo "make demo     a real model answers from spliced memories (first run sets everything up)"
 	@echo "make test     the test suite"
+	@echo "make torture  the control plane under a thousand deaths, races and random worlds (an hour)"
 	@echo "make lint     ruff, mypy, clang-format"
 	@echo "make bench    everything measured on this machine, quickly; report in bench-results/"
 	@echo "make bench-peers  sets up the systems that benches compare with (vLLM 3.4 GB, llama.cpp)"
@@ -48,6 +49,11 @@ demo: models
 
 test: models
 	$(BIN)/pytest -q
+
+torture: setup
+	MEMOS_ENGINE_TEST_KILLS=1000 MEMOS_ENGINE_TEST_CAS=8x1000 MEMOS_ENGINE_TEST_PAIRS=10000 \
+	MEMOS_ENGINE_TEST_TRIPLES=100000 MEMOS_ENGINE_TEST_STEPS=10000 \
+	$(BIN)/pytest -q --durations=10 tests/memory
 
 lint: setup
 	$(BIN)/ruff check .

@@ -43,8 +43,8 @@ NOTES = (
     "the same round.",
     "get: by id, by a user who sees the memories through a grant; past: the same memory as of an "
     "earlier moment.",
-    "search: the ten best for eight words that follow each other in some memory, by the same user; words are "
-    "as frequent as Zipf says, the most frequent ones English function words. Each search comes after an add, "
+    "search: the ten best for eight words that follow each other in some memory, by the same user; they are "
+    "as frequent as Zipf says, the most frequent ones English function words. Each search follows an add, "
     "which it takes in; first_search_s is the first search of a process, which reads what may be searched.",
     "bytes_per_cube: all files of the closed store, for the memories in it.",
 )

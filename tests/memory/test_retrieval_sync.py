@@ -1,8 +1,12 @@
-"""What was written is found by the next search, whoever wrote it, and whatever index answers."""
+"""What was written is found by the next search, whoever wrote it, and whatever index answers.
+
+MEMOS_ENGINE_TEST_PAIRS=10000 does as many random changes, each with a search (default: 400).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import subprocess
 import sys
@@ -26,6 +30,7 @@ from memos_engine.memory.store import MemoryStore
 from memos_engine.memory.store_db import translate
 
 DIM = 24
+PAIRS = int(os.environ.get("MEMOS_ENGINE_TEST_PAIRS", "400"))
 
 
 class Random:
@@ -82,7 +87,7 @@ def test_everybodys_writes_are_found_at_once(
     stores = [reopen(), reopen()]
     operators = [MemOperator(one, Random(), limits=limits, run=later) for one in stores]
     live: dict[Principal, dict[str, str]] = {alice: {}, bob: {}}
-    for step in range(400):
+    for step in range(PAIRS):
         user = rng.choice([alice, alice, alice, bob])
         writer, reader = rng.sample([0, 1], 2) if rng.random() < 0.8 else (0, 0)
         if rng.random() < 0.2 and live[user]:
