@@ -105,8 +105,8 @@ def check(root: Path, known: dict[str, tuple[int, str]]) -> None:
                 )
             }
             pairs = conn.execute(
-                "SELECT substr(body, 1, instr(body, ' ')), count(*) FROM cube_body WHERE body LIKE '% of two' "
-                "AND version = 1 GROUP BY 1"
+                "SELECT substr(body, 1, instr(body, ' ')), count(*) FROM cube_body WHERE version = 1 AND "
+                "body LIKE '% of two' GROUP BY 1"
             ).fetchall()
             erased = conn.execute("SELECT count(*) FROM erasure").fetchone()[0]
         assert store.scrub() == rows
