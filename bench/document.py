@@ -173,6 +173,7 @@ def command(bench: str, options: Options) -> str:
         "contexts": "context",
         "queries": "query",
         "batches": "batch",
+        "methods": "method",
         "random_weights": "random-weights",
         "peer_timeout": "peer-timeout",
         "objective_ms": "objective-ms",

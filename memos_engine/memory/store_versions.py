@@ -30,6 +30,7 @@ class Content:
     fact: Fact | None
     provenance: Provenance | None
     session: str | None = None  # of a first version; the later ones have the same
+    since: str | None = None  # when it holds from, in search; None: as its fact says, else from now on
 
 
 def insert_version(
@@ -56,7 +57,8 @@ def insert_version(
     conn.execute("UPDATE cube SET gist = ?, closed_at = NULL WHERE id = ?", (gist, cube_id))
     fact = content.fact
     starts = time_to_text(fact.valid_from) if fact is not None and fact.valid_from else None
-    insert_passage(conn, owner, cube_id, version, content.text, starts or now, content.session)
+    since = content.since or starts or now
+    insert_passage(conn, owner, cube_id, version, content.text, since, content.session)
     if fact is not None:
         ends = time_to_text(fact.valid_to) if fact.valid_to else None
         conn.execute(
@@ -72,9 +74,10 @@ def content_of(conn: sqlite3.Connection, cube_id: str, version: int) -> Content:
     """What a version holds, as it was written. Raises `MemoryInputError` where there is no such version."""
     row = conn.execute(
         "SELECT b.body, b.tags, v.origin, v.semantic_type, f.subject, f.attribute, f.valid_from, "
-        "f.valid_to, f.cube_id, s.data FROM cube_version v JOIN cube_body b ON b.cube_id = v.cube_id AND "
-        "b.version = v.version LEFT JOIN fact f ON f.cube_id = v.cube_id AND f.version = v.version LEFT "
-        "JOIN cube_source s ON s.cube_id = v.cube_id AND s.version = v.version WHERE v.cube_id = ? AND "
+        "f.valid_to, f.cube_id, s.data, w.valid_from FROM cube_version v JOIN cube_body b ON b.cube_id = "
+        "v.cube_id AND b.version = v.version LEFT JOIN fact f ON f.cube_id = v.cube_id AND f.version = v.version LEFT "
+        "JOIN cube_source s ON s.cube_id = v.cube_id AND s.version = v.version LEFT JOIN passage w ON "
+        "w.cube_id = v.cube_id AND w.version = v.version WHERE v.cube_id = ? AND "
         "v.version = ?",
         (cube_id, version if is_number(version) else 0),
     ).fetchone()
@@ -90,6 +93,7 @@ def content_of(conn: sqlite3.Connection, cube_id: str, version: int) -> Content:
         row[3],
         Fact(row[4], row[5], *times) if row[8] else None,
         Provenance.from_dict(json.loads(row[9])) if row[9] else None,
+        since=row[10],
     )
 
 

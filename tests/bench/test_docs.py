@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from memos_engine.bench import docs
-from memos_engine.bench.document import read_result
+from memos_engine.bench.document import command, read_result
+from memos_engine.bench.options import Options
 from typer.main import get_command
 
 from memos_engine.errors import MemosEngineError
@@ -43,6 +44,22 @@ def test_every_command_named_in_the_pages_exists():
             assert name in commands, f"{page.name}: bench {name}"
             known = {"--help"} | {opt for p in commands[name].params for opt in p.opts}
             assert set(re.findall(r"--[a-z-]+", rest)) <= known
+
+
+def test_the_command_of_a_run_is_one_that_the_program_takes():
+    options = Options(
+        contexts=(1,),
+        queries=(1,),
+        batches=(1,),
+        memories=(1,),
+        methods=("full",),
+        cubes=(1,),
+        n=1,
+        quick=True,
+    )
+    known = {opt for p in get_command(bench_app).commands["quality"].params for opt in p.opts}  # type: ignore[attr-defined]
+    known |= {opt for p in get_command(bench_app).commands["store"].params for opt in p.opts}  # type: ignore[attr-defined]
+    assert set(re.findall(r"--[a-z-]+", command("quality", options))) <= known
 
 
 def test_a_block_that_nothing_fills_is_an_error(tmp_path):
