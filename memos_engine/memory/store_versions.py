@@ -75,10 +75,9 @@ def content_of(conn: sqlite3.Connection, cube_id: str, version: int) -> Content:
     row = conn.execute(
         "SELECT b.body, b.tags, v.origin, v.semantic_type, f.subject, f.attribute, f.valid_from, "
         "f.valid_to, f.cube_id, s.data, w.valid_from FROM cube_version v JOIN cube_body b ON b.cube_id = "
-        "v.cube_id AND b.version = v.version LEFT JOIN fact f ON f.cube_id = v.cube_id AND f.version = v.version LEFT "
-        "JOIN cube_source s ON s.cube_id = v.cube_id AND s.version = v.version LEFT JOIN passage w ON "
-        "w.cube_id = v.cube_id AND w.version = v.version WHERE v.cube_id = ? AND "
-        "v.version = ?",
+        "v.cube_id AND b.version = v.version LEFT JOIN fact f ON f.cube_id = v.cube_id AND f.version = "
+        "v.version LEFT JOIN cube_source s ON s.cube_id = v.cube_id AND s.version = v.version LEFT JOIN "
+        "passage w ON w.cube_id = v.cube_id AND w.version = v.version WHERE v.cube_id = ? AND v.version = ?",
         (cube_id, version if is_number(version) else 0),
     ).fetchone()
     if row is None:
