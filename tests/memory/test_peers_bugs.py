@@ -41,7 +41,7 @@ def test_texts_are_kept_as_they_were_said(store: MemoryStore, alice: Principal) 
 
 
 def test_what_was_deleted_is_nowhere_to_be_found(store: MemoryStore, alice: Principal) -> None:
-    """MemOS 2331, Cognee 3526: deletion succeeded, search still found it; mem0 3245: its edges stayed alive."""
+    """MemOS 2331, Cognee 3526: deletion succeeded, search still found it; mem0 3245: so did edges."""
     operator = MemOperator(store)
     gone = store.add(alice, "the zebra sleeps", vector=[1.0, 0.0], model_id="m")
     derived = store.add(alice, "an animal sleeps", derived_from=[gone.id])
