@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from dataclasses import asdict, dataclass
 from types import TracebackType
+from typing import Any
 
 from memos_engine.errors import MemoryInputError, StoreError, StoreLockedError
 from memos_engine.memory.store import MemoryStore
-from memos_engine.memory.store_sweep import SweepPolicy, Swept
+from memos_engine.memory.store_kv import GRACE_S
+from memos_engine.memory.store_sweep import MAX_S, SweepPolicy, Swept
 
-__all__ = ["Janitor", "SweepPolicy", "Swept"]
+__all__ = ["Cleaned", "Janitor", "SweepPolicy", "Swept"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cleaned:
+    """What a cleaning did: memories and records swept, files removed from the disk, and their bytes."""
+
+    swept: Swept
+    files: int
+    bytes: int
+    dry_run: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return asdict(self)
 
 
 class Janitor:
@@ -38,6 +55,24 @@ class Janitor:
             self.store.finish_erasures()
         self.sweeps += 1
         return swept
+
+    def clean(self, *, grace_s: float = GRACE_S, dry_run: bool = False) -> Cleaned:
+        """One sweep, and every file removed that nothing names and that is older than `grace_s` seconds.
+
+        With `dry_run` nothing changes: then `files` and `bytes` are those of files that nothing names
+        already, without those that the sweep would let go of. Raises `MemoryInputError`, `StoreError`.
+        """
+        if not 0 <= grace_s <= MAX_S:
+            raise MemoryInputError(f"grace_s must lie between 0 and {MAX_S:g} seconds, not {grace_s!r}.")
+        if dry_run:
+            orphans = self.store.orphans(grace_s)
+            swept = self.store.due(self.policy)
+            return Cleaned(swept, len(orphans), sum(size for _, size in orphans), True)
+        files, size = self.store.payload_usage()
+        swept = self.run_once()
+        self.store.collect(grace_s)
+        left, left_size = self.store.payload_usage()  # others may write meanwhile
+        return Cleaned(swept, max(files - left, 0), max(size - left_size, 0), False)
 
     def start(self) -> None:
         """Sweep in the background, for the first time at once; starting twice is fine."""

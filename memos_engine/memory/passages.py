@@ -50,6 +50,7 @@ class Passages:
 
     def __init__(self) -> None:
         self._sources: dict[tuple[int, str], int] = {}
+        self._active: _Active | None = None
         self.clear()
 
     def __len__(self) -> int:
@@ -142,7 +143,7 @@ class Passages:
         self.embedded: Bools = columns["embedded"]  # type: ignore[assignment]
         self.before, self.after = self._neighbours()
         self.linked = bool((self.before >= 0).any())
-        self._active: _Active | None = None
+        self._active = None
 
     def _neighbours(self) -> tuple[Ints, Ints]:
         before, after = np.full(len(self), -1), np.full(len(self), -1)

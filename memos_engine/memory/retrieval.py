@@ -117,7 +117,7 @@ def _with_followers(present: Bools, rows: Sequence[Ints], passages: Passages, ac
     """`present`, and true for the two rows behind each in its session, too, where they are active."""
     if not passages.linked:
         return present
-    context = present.copy()
+    context: Bools = present.copy()
     for here, held in zip(context, rows, strict=True):
         behind = held
         for _ in range(2):

@@ -17,6 +17,8 @@ from memos_engine.memory.governance import KeyRing
 from memos_engine.memory.new import NewMemory
 from memos_engine.memory.store_access import AccessVerbs
 from memos_engine.memory.store_base import Clock, utc_now
+from memos_engine.memory.store_check import CheckVerbs
+from memos_engine.memory.store_log import LogVerbs
 from memos_engine.memory.store_past import TimeVerbs
 from memos_engine.memory.store_read import ReadVerbs
 from memos_engine.memory.store_retrieval import RetrievalRows
@@ -28,7 +30,17 @@ from memos_engine.memory.vault import FileSystem
 __all__ = ["HistoryEntry", "MemoryStore", "NewMemory"]
 
 
-class MemoryStore(ReadVerbs, TimeVerbs, TransferVerbs, AccessVerbs, SweepVerbs, RetrievalRows, VectorRows):
+class MemoryStore(
+    ReadVerbs,
+    TimeVerbs,
+    TransferVerbs,
+    AccessVerbs,
+    SweepVerbs,
+    CheckVerbs,
+    LogVerbs,
+    RetrievalRows,
+    VectorRows,
+):
     """An open store; made by `MemoryStore.open`, usable by all threads of the process that opened it."""
 
     @classmethod

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from memos_engine.memory.governance import Principal
 
@@ -169,6 +170,50 @@ def fill_passages(conn: sqlite3.Connection) -> None:
     ).fetchall()
     for tenant, user, cube_id, version, body, created_at in rows:
         insert_passage(conn, Principal(tenant, user), cube_id, version, body, created_at)
+
+
+def tenants(conn: sqlite3.Connection) -> list[int]:
+    """Numbers of the tenants that have words here."""
+    return [int(row[0]) for row in conn.execute("SELECT id FROM tenant ORDER BY id")]
+
+
+def _bodies(conn: sqlite3.Connection, tenant: int) -> sqlite3.Cursor:
+    """`(passage, memory, text)` of everything that the tenant's table should know."""
+    return conn.execute(
+        "SELECT f.id, f.cube_id, b.body FROM tenant t JOIN principal p ON p.tenant = t.name JOIN cube c ON "
+        "c.owner = p.id JOIN cube_body b ON b.cube_id = c.id LEFT JOIN passage f ON f.cube_id = b.cube_id "
+        "AND f.version = b.version WHERE t.id = ?",
+        (tenant,),
+    )
+
+
+def wrong_words(conn: sqlite3.Connection, tenant: int, stem: Stemmer) -> tuple[int, list[str]]:
+    """How many texts a tenant's table holds, and ids of memories that are not found by exactly their words.
+
+    An empty id stands for words of no memory. Raises `sqlite3.Error` where the table itself is damaged.
+    """
+    table = _table(tenant)
+    conn.execute(f"INSERT INTO {table} ({table}) VALUES ('integrity-check')")
+    found: dict[int, int] = {}
+    for key, term in conn.execute(f"SELECT doc, term FROM {table}_words"):
+        found[key] = found.get(key, 0) ^ xxhash.xxh3_64_intdigest(term.encode())
+    count, wrong = 0, []
+    for key, cube_id, body in _bodies(conn, tenant):
+        count += 1
+        expected = 0
+        for term in set(stem(body)):
+            expected ^= xxhash.xxh3_64_intdigest(term.encode())
+        if key is None or found.pop(key, 0) != expected:
+            wrong.append(str(cube_id or ""))
+    return count, wrong + [""] * bool(found)
+
+
+def rebuild_words(conn: sqlite3.Connection, tenant: int) -> None:
+    """Fill a tenant's table anew from the texts, within the caller's transaction."""
+    table = _table(tenant)
+    conn.execute(f"INSERT INTO {table} ({table}) VALUES ('delete-all')")
+    rows = ((key, body) for key, _, body in _bodies(conn, tenant).fetchall() if key is not None)
+    conn.executemany(f"INSERT INTO {table} (rowid, body) VALUES (?, ?)", rows)
 
 
 class Stemmer:

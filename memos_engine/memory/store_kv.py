@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sqlite3
 from collections.abc import Sequence
+from pathlib import Path
 
 from memos_engine.errors import (
     MemoryInputError,
@@ -36,6 +38,10 @@ def drop_rows(conn: sqlite3.Connection, cube_id: str) -> list[BlobRef]:
     refs = [BlobRef(*row) for row in conn.execute(f"{_REFS} {which}", {"id": cube_id})]
     conn.execute(f"DELETE FROM kv_artifact {which}", {"id": cube_id})
     return refs
+
+
+def _named(conn: sqlite3.Connection) -> set[str]:
+    return {row[0] for row in conn.execute("SELECT sha256 FROM kv_artifact")}
 
 
 class KVRows(StoreBase):
@@ -178,32 +184,69 @@ class KVRows(StoreBase):
                 append_audit(conn, now, event or {"event": "splicing_on", "model": model})
 
     def collect(self, grace_s: float = GRACE_S) -> int:
-        """Remove files of the vault that no row names and older than `grace_s` seconds; returns how many."""
+        """Remove files that nothing names and older than `grace_s` seconds; returns how many.
+
+        Those are payloads that no row names, index files that no header names, and drafts. Raises
+        `StoreError`.
+        """
         with self._db.write() as conn:
-            live = {row[0] for row in conn.execute("SELECT sha256 FROM kv_artifact")}
-            return self.vault.collect(live, grace_s)
+            removed = self.vault.collect(_named(conn), grace_s)
+            try:
+                for path, _ in self.snapshots.orphans(grace_s):
+                    path.unlink(missing_ok=True)
+                    removed += 1
+            except OSError as error:
+                raise translate(error, self.snapshots.directory) from error
+        return removed
+
+    def orphans(self, grace_s: float = GRACE_S) -> list[tuple[Path, int]]:
+        """What `collect` would remove, with its bytes. Raises `StoreError`."""
+        with self._db.read() as conn:
+            named = _named(conn)
+        try:
+            return [*self.vault.orphans(named, grace_s), *self.snapshots.orphans(grace_s)]
+        except OSError as error:
+            raise translate(error, self.snapshots.directory) from error
+
+    def payload_usage(self) -> tuple[int, int]:
+        """How many files lie beside the database, and their bytes."""
+        sizes = []
+        for folder in (self.vault.directory, self.snapshots.directory):
+            for path in folder.rglob("*"):
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    if path.is_file():
+                        sizes.append(path.lstat().st_size)
+        return len(sizes), sum(sizes)
 
     def scrub(self) -> int:
         """Check every payload in full, SHA-256 included; a damaged one is audited and dropped.
 
         Returns how many are sound. Raises `StoreError`.
         """
+        sound, damaged = self.damaged_payloads()
+        for ref, error in damaged:
+            self._drop_payload(ref, error)
+        return sound
+
+    def damaged_payloads(self) -> tuple[int, list[tuple[BlobRef, PayloadError]]]:
+        """Read every payload in full: how many are sound, and which are not and why. Changes nothing."""
         with self._db.read() as conn:
             refs = [BlobRef(*row) for row in conn.execute(_REFS)]
-        sound = 0
+        damaged = []
         for ref in refs:
             try:
                 self.vault.verify(ref)
-                sound += 1
             except PayloadError as error:
-                with self._db.read() as conn:
-                    named = conn.execute(
-                        "SELECT DISTINCT identity FROM kv_artifact WHERE sha256 = ?", (ref.sha256,)
-                    )
-                    identities = [row[0] for row in named]
-                for identity in identities:
-                    self.drop_kv(identity, error.reason)
-        return sound
+                damaged.append((ref, error))
+        return len(refs) - len(damaged), damaged
+
+    def _drop_payload(self, ref: BlobRef, error: PayloadError) -> None:
+        """Forget every record whose file this is."""
+        with self._db.read() as conn:
+            rows = conn.execute("SELECT DISTINCT identity FROM kv_artifact WHERE sha256 = ?", (ref.sha256,))
+            identities = [row[0] for row in rows]
+        for identity in identities:
+            self.drop_kv(identity, error.reason)
 
     def finish_erasures(self) -> int:
         """Remove the files of erased memories and rewrite the database without their bytes.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 
 from memos_engine.errors import ConflictError, MemoryInputError, MemoryNotFoundError
@@ -48,6 +49,10 @@ _COPIES = (
     "INSERT INTO kv_artifact SELECT identity, :to, 1, sha256, size, checksum, tokens, created_at FROM "
     "kv_artifact WHERE {}",
 )
+
+
+class _DryRun(Exception):
+    """Ends a transaction that was only to show what it would do."""
 
 
 class TimeVerbs(WriteVerbs, LifeVerbs):
@@ -95,18 +100,19 @@ class TimeVerbs(WriteVerbs, LifeVerbs):
             settle(conn, principal, find(conn, principal, cube_id, now), now)
             return find(conn, principal, cube_id, now)
 
-    def rollback_to(self, principal: Principal, moment: datetime | str) -> Rollback:
+    def rollback_to(self, principal: Principal, moment: datetime | str, *, dry_run: bool = False) -> Rollback:
         """Take all of the caller's own memories back to a moment on the store's clock.
 
         Contents, facts and states become what they were; memories added later are archived; deleted ones come
         back; erased ones never, nor those past their time to live. Settings, grants and numbers of uses stay.
-        Raises `MemoryInputError` for a moment to come.
+        With `dry_run` nothing changes, the result says what would. Raises `MemoryInputError` for a moment to
+        come.
         """
         at = moment_text(moment)
         restored, put_away, ended = [], [], []
         refs: list[BlobRef] = []
         where, params = visible(principal, self._now(), hidden=True, own=True)
-        with self._change() as (conn, now):
+        with suppress(_DryRun), self._change() as (conn, now):
             if at > now:
                 raise MemoryInputError(f"{at} is still to come; name a moment in the past.")
             rows = conn.execute(
@@ -129,9 +135,12 @@ class TimeVerbs(WriteVerbs, LifeVerbs):
                 elif self._restore(conn, principal, cube, version, LifecycleState(state), at, now):
                     restored.append(cube_id)
             result = Rollback(time_from_text(at), tuple(restored), tuple(put_away), tuple(ended))
+            if dry_run:
+                raise _DryRun  # undoes the transaction
             counts = {"restored": len(restored), "put_away": len(put_away), "ended": len(ended)}
             append_audit(conn, now, {"event": "rolled_back", "to": at, **counts, **caller(principal)})
-        self._remove(refs)
+        if not dry_run:
+            self._remove(refs)
         return result
 
     def _restore(

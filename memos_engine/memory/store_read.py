@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Collection, Iterable
 from datetime import datetime
 
-from memos_engine.errors import MemoryNotFoundError
+from memos_engine.errors import MemoryInputError, MemoryNotFoundError
 from memos_engine.memory.cube import HistoryEntry, MemCube, is_cube_id
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.lifecycle import LIVE, LifecycleState
@@ -16,6 +17,8 @@ from memos_engine.memory.store_rows import among, cube_of, find, history_of, not
 Moment = datetime | str  # aware, or ISO 8601 (UTC where it names no zone)
 Cubes = list[MemCube]  # inside of the class, `list` is a verb
 History = list[HistoryEntry]
+MIN_START = 8
+_START = re.compile(r"[0-9a-f-]{1,36}")
 
 
 class ReadVerbs(StoreBase):
@@ -40,6 +43,36 @@ class ReadVerbs(StoreBase):
         if row is None:
             raise not_found(cube_id)
         return cube_of(row)
+
+    def find_id(self, principal: Principal, given: str) -> str:
+        """The full id that `given` begins: one of at least 8 characters that only one memory of those that
+        the caller may see has. A full id is returned as it is.
+
+        Raises `MemoryInputError` for a beginning that is too short or that several have,
+        `MemoryNotFoundError`.
+        """
+        start = given.strip().lower() if isinstance(given, str) else ""
+        if is_cube_id(start):
+            return start
+        if not _START.fullmatch(start):
+            raise not_found(given)
+        if len(start) < MIN_START:
+            raise MemoryInputError(
+                f"{given!r} is too short for an id; give at least its first {MIN_START} characters."
+            )
+        seen = self._view(principal, hidden=True)
+        with self._db.read() as conn:
+            rows = conn.execute(
+                f"SELECT c.id FROM cube c WHERE {seen.where} AND c.id >= :start AND c.id < :end ORDER BY "
+                "c.id LIMIT 4",
+                {**seen.params, "start": start, "end": start + "~"},
+            ).fetchall()
+        if not rows:
+            raise not_found(given)
+        if len(rows) > 1:
+            some = ", ".join(row[0] for row in rows[:3]) + (", ..." if len(rows) > 3 else "")
+            raise MemoryInputError(f"several memories begin with {given!r} ({some}); give more of the id.")
+        return str(rows[0][0])
 
     def get_many(self, principal: Principal, ids: Iterable[str]) -> dict[str, MemCube]:
         """Those of `ids` that the caller may see and that are live, by id."""

@@ -17,8 +17,11 @@ from memos_engine.memory.vault import BlobRef
 BATCH = 200
 """Memories moved in one transaction, so that other writers never wait long."""
 
+MAX_S = 1e10
+
 _STATES = ", ".join(f"'{state.value}'" for state in sorted(CHANGEABLE))
 _ACTIVE = "max(c.updated_at, coalesce(c.last_used_at, ''))"
+_Rule = tuple[str, LifecycleState, str]
 # What is due, as `(event, target, condition)`; `before` is the moment that lies the policy's time back.
 _EXPIRED = ("expired", LifecycleState.EXPIRED, f"c.ttl_at <= :now AND c.state IN ({_STATES}, 'archived')")
 _FADED = (
@@ -28,6 +31,7 @@ _FADED = (
     "86400 > c.half_life_s * :halvings",
 )
 _IDLE = ("idle", LifecycleState.ARCHIVED, f"c.state IN ({_STATES}) AND {_ACTIVE} <= :before")
+_OLD_KV = "created_at <= ? AND version <> (SELECT version FROM cube WHERE cube.id = kv_artifact.cube_id)"
 _FORGOTTEN = ("forgotten", LifecycleState.EXPIRED, "c.state = 'archived' AND c.updated_at <= :before")
 
 
@@ -49,8 +53,10 @@ class SweepPolicy:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not 0 <= value <= 1e10:
-                raise MemoryInputError(f"{field.name} must lie between 0 and 1e10 seconds, not {value!r}.")
+            if value is not None and not 0 <= value <= MAX_S:
+                raise MemoryInputError(
+                    f"{field.name} must lie between 0 and {MAX_S:g} seconds, not {value!r}."
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,29 @@ class SweepVerbs(KVRows):
         }
         return Swept(**counts, kv_records=self._drop_old_kv(policy.old_kv_s))
 
+    def due(self, policy: SweepPolicy | None = None) -> Swept:
+        """What `sweep` would move and drop now; changes nothing. Raises `StoreError`."""
+        policy = policy or SweepPolicy()
+        some = ((_IDLE, policy.idle_s), (_FORGOTTEN, policy.forget_s))
+        rules: list[tuple[_Rule, float | None]] = [(_EXPIRED, None), (_FADED, None)]
+        rules += [(rule, seconds) for rule, seconds in some if seconds is not None]
+        now = self._now()
+        params = {"now": now, "halvings": policy.halvings}
+        params |= {f"before_{rule[0]}": "" if s is None else _back(now, s) for rule, s in rules}
+        # A memory is counted once, by the first rule that it falls under, as a sweep would move it.
+        cases = " ".join(
+            f"WHEN {due.replace(':before', f':before_{event}')} THEN '{event}'"
+            for (event, _, due), _ in rules
+        )
+        with self._db.read() as conn:
+            rows = conn.execute(f"SELECT CASE {cases} END AS why, count(*) FROM cube c GROUP BY 1", params)
+            counts = {event: count for event, count in rows if event is not None}
+            (records,) = conn.execute(
+                f"SELECT count(*) FROM kv_artifact WHERE {_OLD_KV}", (_back(now, policy.old_kv_s),)
+            ).fetchone()
+        names = ("expired", "faded", "idle", "forgotten")
+        return Swept(**{name: counts.get(name, 0) for name in names}, kv_records=records)
+
     def _sweep(
         self, event: str, target: LifecycleState, due: str, seconds: float | None, policy: SweepPolicy
     ) -> int:
@@ -98,15 +127,12 @@ class SweepVerbs(KVRows):
                 return moved
 
     def _drop_old_kv(self, seconds: float) -> int:
-        where = (
-            "created_at <= ? AND version <> (SELECT version FROM cube WHERE cube.id = kv_artifact.cube_id)"
-        )
         with self._change() as (conn, now):
             key = (_back(now, seconds),)
             rows = conn.execute(
-                f"SELECT DISTINCT sha256, size, checksum FROM kv_artifact WHERE {where}", key
+                f"SELECT DISTINCT sha256, size, checksum FROM kv_artifact WHERE {_OLD_KV}", key
             ).fetchall()
-            dropped = conn.execute(f"DELETE FROM kv_artifact WHERE {where}", key).rowcount
+            dropped = conn.execute(f"DELETE FROM kv_artifact WHERE {_OLD_KV}", key).rowcount
             if dropped:
                 append_audit(conn, now, {"event": "old_kv_dropped", "records": dropped})
         self._remove(BlobRef(*row) for row in rows)

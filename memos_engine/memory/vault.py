@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,26 +217,34 @@ class MemVault:
         except OSError as error:
             raise _translate(error, path) from error
 
-    def collect(self, live: AbstractSet[str], grace_s: float) -> int:
-        """Remove payloads whose SHA-256 is not in `live`, and left-over drafts, older than `grace_s` seconds.
-
-        Files that the vault did not make stay. Returns how many were removed. Raises `StoreError`.
-        """
-        removed = 0
+    def orphans(self, live: AbstractSet[str], grace_s: float = 0.0) -> Iterator[tuple[Path, int]]:
+        """Payloads whose SHA-256 is not in `live`, and left-over drafts, older than `grace_s` seconds; with
+        their bytes. Files that the vault did not make are not among them. Raises `StoreError`."""
         try:
-            for path in self.directory.glob("??/*"):
+            for path in sorted(self.directory.glob("??/*")):
                 draft = path.name.startswith(_DRAFT)
                 ours = path.name.endswith(SUFFIX) and _SHA256.fullmatch(path.name.removesuffix(SUFFIX))
                 if not draft and (not ours or path.name.removesuffix(SUFFIX) in live):
                     continue
                 try:
                     if self._fs.age_s(path) >= grace_s:
-                        self._fs.unlink(path)
-                        removed += 1
+                        yield path, path.lstat().st_size
                 except FileNotFoundError:
                     continue  # another process was faster
         except OSError as error:
             raise _translate(error, self.directory) from error
+
+    def collect(self, live: AbstractSet[str], grace_s: float) -> int:
+        """Remove what `orphans` finds; returns how many files those were. Raises `StoreError`."""
+        removed = 0
+        for path, _ in self.orphans(live, grace_s):
+            try:
+                self._fs.unlink(path)
+                removed += 1
+            except FileNotFoundError:
+                continue  # another process was faster
+            except OSError as error:
+                raise _translate(error, self.directory) from error
         return removed
 
 
