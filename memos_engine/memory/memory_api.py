@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from memos_engine.errors import (
@@ -82,6 +83,17 @@ class ApiReply:
             "events": list(self.events),
             "took_ms": round(self.took_ms, 3),
         }
+
+
+@dataclass(frozen=True)
+class LogQuery:
+    """Which events of the audit trail are asked for; see `MemoryStore.audit_log`."""
+
+    since: datetime | str | None = None
+    until: datetime | str | None = None
+    event: str | None = None
+    cube_id: str | None = None
+    limit: int | None = None
 
 
 class MemoryAPI:
@@ -168,6 +180,23 @@ class MemoryAPI:
             return Outcome(cubes=made)
 
         return self._call("compose", act)
+
+    def audit(self, query: LogQuery | None = None) -> ApiReply:
+        """The caller's own events in the audit trail that the query asks for, oldest first."""
+        wanted = query or LogQuery()
+
+        def act() -> Outcome:
+            found = self.store.audit_log(
+                self.principal,
+                since=wanted.since,
+                until=wanted.until,
+                event=wanted.event,
+                cube_id=wanted.cube_id,
+                limit=wanted.limit,
+            )
+            return Outcome(events=[one.to_dict() for one in found])
+
+        return self._call("audit", act)
 
     # -- parts ---------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from memos_engine.errors import AccessError, ConflictError, MemoryNotFoundError
 from memos_engine.memory.cube import Fact, Provenance
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.lifecycle import LifecycleState
-from memos_engine.memory.memory_api import MemoryAPI
+from memos_engine.memory.memory_api import LogQuery, MemoryAPI
 from memos_engine.memory.new import NewMemory
 from memos_engine.memory.operator import MemOperator
 from memos_engine.memory.store import MemoryStore
@@ -137,3 +137,14 @@ def test_adopting_what_others_share(
     assert api.transfer(cube.id, keep=False).status == "refused"  # reading is no leave to put away
     store.govern(bob, cube.id, visibility="private")
     assert store.get(alice, copy.id).body == "shared words"
+
+
+def test_audit(api: MemoryAPI, store: MemoryStore, bob: Principal) -> None:
+    cube = api.create("text").cube
+    store.add(bob, "of somebody else")
+    api.update(cube.id, "other")
+    events = api.audit(LogQuery(cube_id=cube.id)).require().events
+    assert [event["event"] for event in events] == ["added", "updated"]
+    assert [event["event"] for event in api.audit().events] == ["added", "updated"]  # nothing of bob's
+    assert api.audit(LogQuery(event="updated", limit=1)).events == events[1:]
+    assert api.audit(LogQuery(limit=0)).status == "invalid"
