@@ -63,6 +63,7 @@ class Bed:
     get_ms: list[float] = field(default_factory=list)
     past_ms: list[float] = field(default_factory=list)
     search_ms: list[float] = field(default_factory=list)
+    own_search_ms: list[float] = field(default_factory=list)
     first_search_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -111,7 +112,8 @@ def _measured(
             _turn(bed, rng, keep=round_ >= WARM_UP)
     progress("opening", total - 1, total)
     rows = [_row(bed) for bed in beds]
-    return rows, [_growth(beds[0], beds[-1], options.seed)] if len(beds) > 1 else []
+    ratios = [_access(bed, options.seed) for bed in beds]
+    return rows, [*ratios, _growth(beds[0], beds[-1], options.seed)] if len(beds) > 1 else ratios
 
 
 def _filled(root: Path, size: int, rng: random.Random) -> Bed:
@@ -123,6 +125,7 @@ def _filled(root: Path, size: int, rng: random.Random) -> Bed:
     start = time.perf_counter()
     bed.operator.recall(READER, words(rng)[:40], k=10)
     bed.first_search_s = time.perf_counter() - start
+    bed.operator.recall(OWNER, words(rng)[:40], k=10)
     return bed
 
 
@@ -143,7 +146,11 @@ def _turn(bed: Bed, rng: random.Random, *, keep: bool) -> None:
     said = (bed.store.get(OWNER, rng.choice(bed.ids)).body or "").split()
     at = rng.randrange(max(1, len(said) - 8))
     query = " ".join(said[at : at + 8])
-    timed.append((bed.search_ms, lambda: bed.operator.recall(READER, query, k=10)))
+    searches: list[tuple[list[float], Callable[[], object]]] = [
+        (bed.search_ms, lambda: bed.operator.recall(READER, query, k=10)),
+        (bed.own_search_ms, lambda: bed.operator.recall(OWNER, query, k=10)),
+    ]
+    timed += rng.sample(searches, 2)
     for samples, call in timed:
         start = time.perf_counter()
         call()
@@ -182,6 +189,13 @@ def _row(bed: Bed) -> Row:
         "open_s": round(statistics.median(opened), 4),
         "bytes_per_cube": round(size / len(bed.ids)),
     }
+
+
+def _access(bed: Bed, seed: int) -> Row:
+    ratio = paired_bootstrap(
+        [bed.own_search_ms, bed.search_ms], lambda a, b: np.median(b, axis=-1) / np.median(a, axis=-1), seed
+    )
+    return {"name": f"search through a grant over search of one's own, {bed.cubes} memories", **ratio.public()}
 
 
 def _growth(small: Bed, large: Bed, seed: int) -> Row:
