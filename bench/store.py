@@ -195,7 +195,7 @@ def _access(bed: Bed, seed: int) -> Row:
     ratio = paired_bootstrap(
         [bed.own_search_ms, bed.search_ms], lambda a, b: np.median(b, axis=-1) / np.median(a, axis=-1), seed
     )
-    return {"name": f"search through a grant over search of one's own, {bed.cubes} memories", **ratio.public()}
+    return {"name": f"search by a grant over search of one's own, {bed.cubes} memories", **ratio.public()}
 
 
 def _growth(small: Bed, large: Bed, seed: int) -> Row:
