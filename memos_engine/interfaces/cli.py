@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +13,11 @@ import typer
 from rich.text import Text
 
 from memos_engine import __version__
-from memos_engine.errors import ContextLengthError, MemoryInputError, MemosEngineError, NotAStoreError
+from memos_engine.errors import ContextLengthError, MemoryInputError, MemosEngineError
+from memos_engine.interfaces import cli_govern, cli_upkeep
 from memos_engine.interfaces.cli_bench import bench_app
+from memos_engine.interfaces.cli_cube import cube_app
+from memos_engine.interfaces.cli_store import DEFAULT_STORE, existing, standard_input, user_name
 from memos_engine.interfaces.options import (
     DtypeOption,
     JsonOption,
@@ -38,26 +39,9 @@ app = typer.Typer(
 models_app = typer.Typer(help="Fetch and check models.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
-
-DEFAULT_STORE = Path("memory")
-
-
-def _user(name: str | None) -> str:
-    return getpass.getuser() if name is None else name
-
-
-def _standard_input() -> str:
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise MemoryInputError(f"standard input is not UTF-8 ({error.reason}); convert it first.") from error
-
-
-def _existing(store: Path) -> Path:
-    """For commands that only look: a mistyped directory is an error, not a new store."""
-    if not store.exists():
-        raise NotAStoreError(f"there is no store at {store}; name one with --store, or remember something.")
-    return store
+app.add_typer(cube_app, name="cube")
+cli_upkeep.register(cube_app)
+cli_govern.register(app)
 
 
 def _engine(model: str, store: Path | None, decoder: dict[str, Any] | None = None, **memory: Any) -> Any:
@@ -81,9 +65,9 @@ def remember(
     as_json: JsonOption = False,
 ) -> None:
     """Store a memory."""
-    text = _standard_input() if text == "-" else text
+    text = standard_input() if text == "-" else text
     with _engine(model, store) as engine:
-        cube = engine.user(_user(user)).remember(text, tags=tag or ())
+        cube = engine.user(user_name(user)).remember(text, tags=tag or ())
     if as_json:
         emit(cube.to_dict())
     else:
@@ -100,8 +84,8 @@ def recall(
     as_json: JsonOption = False,
 ) -> None:
     """Show the memories nearest to a query, or all of them."""
-    with _engine(model, _existing(store)) as engine:
-        person = engine.user(_user(user))
+    with _engine(model, existing(store)) as engine:
+        person = engine.user(user_name(user))
         if query is None:
             rows = [(cube, None) for cube in person.memories()]
         else:
@@ -121,8 +105,8 @@ def restore(
     as_json: JsonOption = False,
 ) -> None:
     """Bring an archived memory back."""
-    with _engine(model, _existing(store)) as engine:
-        cube = engine.user(_user(user)).restore(cube_id)
+    with _engine(model, existing(store)) as engine:
+        cube = engine.user(user_name(user)).restore(cube_id)
     if as_json:
         emit(cube.to_dict())
     else:
@@ -148,8 +132,8 @@ def forget(
         raise typer.BadParameter("use archive, delete or erase", param_hint="--how")
     if (text is None) == (not id_):
         raise typer.BadParameter("give either TEXT, to see what matches, or --id, to act")
-    with _engine(model, _existing(store)) as engine:
-        person = engine.user(_user(user))
+    with _engine(model, existing(store)) as engine:
+        person = engine.user(user_name(user))
         if text is not None:
             found = person.recall(text)
             if as_json:
@@ -169,26 +153,6 @@ def forget(
         emit({past: id_})
     else:
         console.print(f"{past.capitalize()}: {', '.join(id_ or ())}")
-
-
-@app.command()
-def history(
-    cube_id: Annotated[str, typer.Argument(metavar="ID")],
-    store: StoreOption = DEFAULT_STORE,
-    user: UserOption = None,
-    model: ModelOption = "smollm2",
-    as_json: JsonOption = False,
-) -> None:
-    """Show what happened to a memory."""
-    with _engine(model, _existing(store)) as engine:
-        entries = engine.user(_user(user)).history(cube_id)
-    if as_json:
-        emit([asdict(entry) for entry in entries])
-        return
-    show_table(
-        ["when", "event", "version", "state", "text"],
-        [(f"{e.at:%Y-%m-%d %H:%M:%S}", e.event, e.version, e.state, e.text or "(erased)") for e in entries],
-    )
 
 
 @app.command()
@@ -223,7 +187,7 @@ def chat(
     decoder = {"dtype": dtype, "page_dtype": page_dtype, "int8_decode": int8}
     with _engine(model, store, decoder, **chosen) as engine:
         with notes.status("getting ready"):
-            person = engine.ready().user(_user(user))
+            person = engine.ready().user(user_name(user))
         if question is not None:
             _answer(person, question, params, None, as_json)
             return

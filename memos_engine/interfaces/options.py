@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,9 +31,17 @@ DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, or auto: what
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
-def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
-    """Prints a table; cells are plain text, whatever brackets they hold."""
-    table = Table(*columns, title=title)
+def show_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    title: str | None = None,
+    whole: Collection[str] = (),
+) -> None:
+    """Prints a table; cells are plain text, whatever brackets they hold. Columns named in `whole` are never
+    broken: their cells are there to be copied."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, no_wrap=column in whole)
     for cells in rows:
         table.add_row(*(Text(str(cell)) for cell in cells))
     console.print(table, soft_wrap=False)

@@ -49,7 +49,9 @@ class AuditEvent:
     @property
     def cube_id(self) -> str:
         """The memory it is about; empty for those that are about none or several."""
-        return str(self.details.get("cube_id", ""))
+        grant = self.details.get("grant")
+        found = grant.get("cube_id") if isinstance(grant, dict) else self.details.get("cube_id")
+        return str(found or "")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe; the time is ISO 8601 in UTC."""
