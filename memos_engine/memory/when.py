@@ -36,11 +36,11 @@ _DAYS = {"day": 1.0, "week": 7.0, "weekend": 7.0, "month": 30.44, "year": 365.24
 Interval = tuple[datetime, datetime]
 
 
-def intervals(text: str, now: datetime, years: Sequence[int]) -> list[Interval]:
+def intervals(text: str, now: datetime, years: Sequence[int], *, relative: bool = True) -> list[Interval]:
     """First and last moment of each time that `text` names, in order of the text and without repetitions.
 
-    `now` is an aware datetime, which relative times count from; a date without a year means that day in each
-    of `years`. What is no date (31 February, the year 0) is passed over.
+    `now` is an aware datetime, which relative times count from (unless `relative` is off); a date without a
+    year means that day in each of `years`. What is no date (31 February, the year 0) is passed over.
     """
     found: dict[Interval, int] = {}
     taken: list[tuple[int, int]] = []
@@ -50,11 +50,11 @@ def intervals(text: str, now: datetime, years: Sequence[int]) -> list[Interval]:
                 continue
             taken.append(match.span())
             for first, last in _days(match.groupdict(), years):
-                found.setdefault(_moments(first, last, now), match.start())
-    for match in _RELATIVE.finditer(text):
+                found.setdefault(whole_days(first, last, now), match.start())
+    for match in _RELATIVE.finditer(text) if relative else ():
         span = _relative(match, now.date())
         if span is not None:
-            found.setdefault(_moments(*span, now), match.start())
+            found.setdefault(whole_days(*span, now), match.start())
     return sorted(found, key=lambda interval: (found[interval], interval))
 
 
@@ -99,7 +99,8 @@ def _relative(match: re.Match[str], today: date) -> tuple[date, date] | None:
         return None
 
 
-def _moments(first: date, last: date, now: datetime) -> Interval:
+def whole_days(first: date, last: date, now: datetime) -> Interval:
+    """The first and the last moment of these days in `now`'s zone."""
     start = datetime(first.year, first.month, first.day, tzinfo=now.tzinfo)
     end = datetime(last.year, last.month, last.day, 23, 59, 59, 999_999, tzinfo=now.tzinfo)
     return start, end
