@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memos_engine.errors import IntegrityError, MemoryInputError
-from memos_engine.memory.cube import MemCube, time_to_text, validate_text
+from memos_engine.memory.cube import Fact, MemCube, Provenance, time_to_text, validate_text
 from memos_engine.memory.embed import COMMON_WORDS
 from memos_engine.memory.filters import Filters
 from memos_engine.memory.governance import Principal
@@ -81,6 +81,9 @@ class MemOperator:
         idempotency_key: str | None = None,
         session: str | None = None,
         valid_from: datetime | None = None,
+        fact: Fact | None = None,
+        provenance: Provenance | None = None,
+        derived_from: Iterable[str] = (),
     ) -> MemCube:
         """Embed and store a new memory; see `MemoryStore.add` for its promises and errors."""
         new = NewMemory(
@@ -91,6 +94,9 @@ class MemOperator:
             idempotency_key=idempotency_key,
             session=session,
             valid_from=valid_from,
+            fact=fact,
+            provenance=provenance,
+            derived_from=derived_from,
         )
         return self._store.add_many(principal, [self.embedded(new)])[0]
 

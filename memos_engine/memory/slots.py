@@ -20,8 +20,8 @@ _SENTENCE = re.compile(r"(?:^|[.!?:;]\s+|\n\s*|[\"“'])$")
 _PLAIN_WORDS = """
 a an and the i i'm i've i'd i'll my we our you your he she it it's its they their this that these those there
 in on at of for from to with by as if but or so not no yes do does did is are was were be been have has had
-can could will would shall should may might must who what when where why how which whose let let's please hey hi
-hello ok okay thanks actually correction wait sorry well now never always don't monday tuesday wednesday
+can could will would shall should may might must who what when where why how which whose let let's please hey
+hi hello ok okay thanks actually correction wait sorry well now never always don't monday tuesday wednesday
 thursday friday saturday sunday january february march april june july august september october november
 december today tomorrow yesterday last next mr mrs ms dr
 """
