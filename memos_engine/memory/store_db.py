@@ -51,6 +51,8 @@ def translate(error: Exception, path: Path) -> StoreError:
                 f"no room for {path}: the disk or quota is full; free some space and repeat."
             )
         return StoreError(f"{path} cannot be used ({error.strerror}); check the path and its permissions.")
+    if isinstance(error, UnicodeDecodeError):  # sqlite3 cannot even say what SQLite says of such a file
+        return StoreError(f"{path}: the file is damaged ({error.reason}); restore a backup.")
     text = str(error)
     for sign, kind, advice in _MEANING:
         if sign in text:
@@ -82,7 +84,7 @@ class StoreDB:
             _make_directory(directory)
             _check_owner(self.path)
             self._open(busy_timeout_ms / 1000, steps)
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
             self.close()
             raise translate(error, self.path) from error
         except BaseException:
@@ -131,7 +133,7 @@ class StoreDB:
             conn = self._connection()
             try:
                 yield conn
-            except sqlite3.Error as error:
+            except (sqlite3.Error, UnicodeDecodeError) as error:
                 raise translate(error, self.path) from error
 
     @contextmanager

@@ -38,12 +38,16 @@ def _made_tenant(conn: sqlite3.Connection, name: str) -> int:
     if known is not None:
         return known
     number = int(conn.execute("INSERT INTO tenant (name) VALUES (?) RETURNING id", (name,)).fetchone()[0])
+    _make_tables(conn, _table(number))
+    return number
+
+
+def _make_tables(conn: sqlite3.Connection, table: str) -> None:
     conn.execute(
-        f"CREATE VIRTUAL TABLE {_table(number)} USING fts5(body, content='', detail=none, columnsize=0, "
+        f"CREATE VIRTUAL TABLE {table} USING fts5(body, content='', detail=none, columnsize=0, "
         f"tokenize='{TOKENIZER}')"
     )
-    conn.execute(f"CREATE VIRTUAL TABLE {_table(number)}_words USING fts5vocab({_table(number)}, 'instance')")
-    return number
+    conn.execute(f"CREATE VIRTUAL TABLE {table}_words USING fts5vocab({table}, 'instance')")
 
 
 def insert_passage(
@@ -209,9 +213,11 @@ def wrong_words(conn: sqlite3.Connection, tenant: int, stem: Stemmer) -> tuple[i
 
 
 def rebuild_words(conn: sqlite3.Connection, tenant: int) -> None:
-    """Fill a tenant's table anew from the texts, within the caller's transaction."""
+    """Make a tenant's table anew from the texts, within the caller's transaction."""
     table = _table(tenant)
-    conn.execute(f"INSERT INTO {table} ({table}) VALUES ('delete-all')")
+    for name in (f"{table}_words", table):
+        conn.execute(f"DROP TABLE IF EXISTS {name}")
+    _make_tables(conn, table)
     rows = ((key, body) for key, _, body in _bodies(conn, tenant).fetchall() if key is not None)
     conn.executemany(f"INSERT INTO {table} (rowid, body) VALUES (?, ?)", rows)
 
