@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +18,7 @@ from memos_engine.interfaces.cli_store import (
     StoreHere,
     local,
     moment,
+    on_terminal,
     opened,
     optional_moment,
     standard_input,
@@ -309,7 +309,7 @@ def rollback(
 
 def _rollback_all(here: Opened, to: str, yes: bool, dry_run: bool, as_json: bool) -> None:
     when = moment(to)
-    ask = not yes and not dry_run and sys.stdin.isatty()
+    ask = not yes and not dry_run and on_terminal()
     if dry_run or ask:
         would = here.store.rollback_to(here.principal, when, dry_run=True)
         if dry_run:

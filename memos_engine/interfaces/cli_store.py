@@ -43,6 +43,11 @@ def existing(store: Path) -> Path:
     return store
 
 
+def on_terminal() -> bool:
+    """Whether there is somebody to ask."""
+    return sys.stdin.isatty()
+
+
 def standard_input() -> str:
     """All of it, as text. Raises `MemoryInputError`."""
     try:

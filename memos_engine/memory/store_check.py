@@ -51,7 +51,9 @@ class CheckVerbs(KVRows):
         ):
             if progress is not None:
                 progress(name)
-            mend = repair and (not parts or parts[0].sound)
+            # Words made anew from a damaged text would hide which ones it had.
+            needed = ("database", "texts") if name == "words" else ("database",)
+            mend = repair and all(part.sound for part in parts if part.name in needed)
             try:
                 count, problems, notes = look(mend)
             except StoreLockedError:

@@ -82,7 +82,7 @@ def test_a_sound_store(lived: MemoryStore, reopen: Open) -> None:
 @pytest.mark.parametrize(
     ("statement", "parts"),
     [
-        ("UPDATE audit SET event = replace(event, '\"added\"', '\"asked\"') WHERE seq = 2", ["audit", "histories"]),
+        ("UPDATE audit SET event = replace(event, 'added', 'asked') WHERE seq = 2", ["audit", "histories"]),
         ("UPDATE audit SET event = '7' WHERE seq = 2", ["audit", "histories"]),
         ("DELETE FROM audit WHERE seq = (SELECT max(seq) FROM audit)", ["audit"]),
         ("UPDATE cube_event SET state = 'frozen' WHERE seq = 1", ["histories"]),

@@ -37,7 +37,9 @@ def test_a_user_reads_their_own_events(
     store.revoke(bob, seen.id)
     assert names(store, alice) == ["added", "branched"]
     assert all(event.seq is None for event in store.audit_log(alice))
-    assert not [e for e in store.audit_log(alice) if shared.id in str(e.details) or other.id in str(e.details)]
+    assert not [
+        e for e in store.audit_log(alice) if shared.id in str(e.details) or other.id in str(e.details)
+    ]
     assert store.audit_log(Principal("other", "alice")) == []
 
 
