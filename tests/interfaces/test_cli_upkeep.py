@@ -1,4 +1,4 @@
-"""`memos-engine cube verify | gc`: damage of every kind is told, with the exit status; what is due is done."""
+"""`memos-engine cube verify | gc`: damage of every kind is told, with the exit status; what is due done."""
 
 from __future__ import annotations
 
