@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from typer.testing import CliRunner
 
 from memos_engine.errors import (
@@ -47,7 +46,7 @@ def ids(place: Path) -> list[str]:
     return [dog.id, home.id, cat.id]
 
 
-def run(*args: object, **kwargs: Any) -> Result:
+def run(*args: object, **kwargs: Any) -> Any:
     return CliRunner().invoke(cli.app, [str(a) for a in args], catch_exceptions=False, **kwargs)
 
 

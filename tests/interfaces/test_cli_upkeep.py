@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from typer.testing import CliRunner
 
 from memos_engine.interfaces import cli, options
@@ -41,7 +40,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "store"
 
 
-def run(*args: object) -> Result:
+def run(*args: object) -> Any:
     return CliRunner().invoke(cli.app, [str(a) for a in args], catch_exceptions=False)
 
 
