@@ -35,7 +35,7 @@ from memos_engine.memory.store_fts import Stemmer
 DATASET = "locomo"
 # What is tried, one weight after the other, twice over, from the plainest hybrid. The other weights stay.
 START = RetrievalWeights(
-    words_context=1.0, dense=1.0, dense_context=1.0, from_before=0.0, from_after=0.0, dated=0.0
+    words_context=1.0, dense=1.0, dense_context=1.0, from_before=0.0, from_after=0.0, dated=0.0, named=0.0
 )
 GRID: dict[str, tuple[float, ...]] = {
     "words_context": (0.5, 1.0, 1.5, 2.0),
@@ -44,6 +44,7 @@ GRID: dict[str, tuple[float, ...]] = {
     "from_before": (0.0, 0.05, 0.1, 0.2),
     "from_after": (0.0, 0.1, 0.2, 0.3),
     "dated": (0.0, 0.15, 0.25, 0.4),
+    "named": (0.0, 0.15, 0.25, 0.4),
 }
 SWEEPS = 2
 RRF = 60

@@ -28,7 +28,7 @@ STORED, TAKEN = 100, 4  # memories, and those of a request
 NEW, GROUP = 4, 32  # tokens of an answer; requests that run at once
 HELD, FORMS = 0.5, 2  # part of the records' bytes that host memory holds; records of a memory
 # The embedder alone chooses, whatever words a question has.
-NEAREST = RetrievalWeights(words=0, words_context=0, dense=1, dense_context=0, from_after=0, dated=0)
+NEAREST = RetrievalWeights(words=0, words_context=0, dense=1, dense_context=0, from_after=0, dated=0, named=0)
 POOL = 4096  # KV pool, in tokens, of the requests that come one by one
 KEYS = "MEMOS_ENGINE_KEYS"
 

@@ -10,16 +10,16 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import datetime
 
 from memos_engine.errors import ConflictError, MemoryInputError
 from memos_engine.memory.cube import Fact, MemCube, Provenance
-from memos_engine.memory.dates import relative_times
 from memos_engine.memory.fact import MAX_NAME_CHARS
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import MemOperator
 from memos_engine.memory.values import validate_text
 
+TRIGGER = "extract"
+"""What the provenance of these memories says."""
 MAX_CHARS = 20_000
 """Characters of a turn that the rules look at."""
 MAX_CLAUSES = 8
@@ -58,19 +58,20 @@ def extract(
 ) -> list[MemCube]:
     """Store what these turns state (by `rule`, default `personal_facts`); returns those memories, in order.
 
-    Each is the caller's own, of origin `inference` and `derived_from` its turn; it holds since the turn was
-    said, or since the past day that it names itself (`I moved to Rome last week`). `speaker` (default: the
-    caller's user) is the subject of what is said of `I`; a leading `speaker:` in a turn is passed over.
-    Repeating the job adds nothing, and brings nothing back that was deleted since. A turn without a text
-    is passed over. Raises `MemoryInputError`, `MemoryNotFoundError` (a turn that the caller may not see),
-    `StoreError`.
+    Each is the caller's own, of origin `inference`, `derived_from` its turn, and holds since that was said.
+    `speaker` (default: the turn's owner) is the subject of what is said of `I`; a leading `speaker:` in a
+    turn is passed over. Repeating the job adds nothing, and brings nothing back that was deleted since.
+    Turns without a text, and what this job made, are passed over. Raises `MemoryInputError`,
+    `MemoryNotFoundError` (a turn that the caller may not see), `StoreError`.
     """
-    who = principal.user if speaker is None else validate_text(speaker, MAX_NAME_CHARS)
+    if speaker is not None:
+        validate_text(speaker, MAX_NAME_CHARS)
     rule = rule or personal_facts
     found: dict[str, MemCube] = {}
     for turn in turns:
-        if turn.body is None:
+        if turn.body is None or (turn.provenance is not None and turn.provenance.trigger == TRIGGER):
             continue
+        who = speaker or turn.owner.user
         for statement in rule(turn.body.removeprefix(f"{who}:").lstrip() or turn.body):
             if not isinstance(statement, Statement):
                 raise MemoryInputError(f"a rule must give Statement objects, not {type(statement).__name__}.")
@@ -86,10 +87,10 @@ def _stored(
     said = turn.created_at
     if turn.fact is not None and turn.fact.valid_from is not None:
         said = turn.fact.valid_from
-    about = (turn.id, str(turn.version), statement.attribute or "", statement.subject or who, statement.text)
+    about = (turn.id, statement.attribute or "", statement.subject or who, statement.text)
     digest = hashlib.sha256("\0".join(about).encode()).hexdigest()
     subject = (statement.subject or who) if statement.attribute else None
-    fact = Fact(subject, statement.attribute, valid_from=_since(statement.text, said))
+    fact = Fact(subject, statement.attribute, valid_from=said)
     try:
         return operator.remember(
             principal,
@@ -97,17 +98,11 @@ def _stored(
             origin="inference",
             idempotency_key=f"extract:{digest}",
             fact=fact,
-            provenance=Provenance(trigger="extract"),
+            provenance=Provenance(trigger=TRIGGER),
             derived_from=[turn.id],
         )
     except ConflictError:  # deleted since: whoever did so had a reason
         return None
-
-
-def _since(text: str, said: datetime) -> datetime:
-    """When what was said at `said` began."""
-    named = [one.first for one in relative_times(text, said) if one.first < said]
-    return named[0] if len(named) == 1 else said
 
 
 # -- rules ----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from memos_engine.memory.schema import APPLICATION_ID, FIRST
 from memos_engine.memory.schema_control import CONTROL
 from memos_engine.memory.schema_retrieval import SECOND
 from memos_engine.memory.store_fts import fill_passages
+from memos_engine.memory.store_times import TIMES, fill_times
 
 Step = tuple[str, Callable[[Database], None]]
 
@@ -32,10 +33,16 @@ def _retrieval(db: Database) -> None:
     fill_passages(db.conn)
 
 
+def _times(db: Database) -> None:
+    _running(TIMES)(db)
+    fill_times(db.conn)
+
+
 STEPS: tuple[Step, ...] = (
     ("0001_first", _running(FIRST)),
     ("0002_retrieval", _retrieval),
     ("0003_control", _running(CONTROL)),
+    ("0004_named_times", _times),
 )
 
 _LEDGER = """CREATE TABLE IF NOT EXISTS schema_migration (

@@ -201,7 +201,8 @@ class MemOperator:
         return {stem: words[stem] for stem in sorted(rare, key=lambda s: (-len(s), s))[:MAX_STEMS]}
 
     def _intervals(self, text: str, now: datetime, valid_from: Ints) -> list[tuple[int, int]]:
-        if self.weights.dated == 0 or not intervals(text, now, [2000]):  # a leap year: every day exists
+        unused = self.weights.dated == self.weights.named == 0
+        if unused or not intervals(text, now, [2000]):  # a leap year: every day exists
             return []
         days = np.unique(valid_from // 86_400_000_000).astype("datetime64[D]")
         years = np.unique(days.astype("datetime64[Y]").astype(np.int64) + 1970)[-MAX_YEARS:]

@@ -39,6 +39,12 @@ class _Active:
         return self.states == states and self.since <= now < self.ends
 
 
+def _times(rows: Iterable[PassageRow]) -> Ints:
+    """`[m, 3]`: key, first and last moment (microseconds) of each time that these rows name."""
+    found = [(r.key, microseconds(first), microseconds(last)) for r in rows for first, last in r.named]
+    return np.array(found, np.int64).reshape(-1, 3)
+
+
 class Passages:
     """Rows as columns, ordered by key.
 
@@ -58,7 +64,8 @@ class Passages:
 
     def clear(self) -> None:
         self._sources.clear()
-        self._set(self._columns([]))
+        self._times = _times([])
+        self._set(self._columns([]), self._times)
 
     def replace(self, ids: Collection[str] | None, rows: Iterable[PassageRow]) -> tuple[Ints, list[int]]:
         """Put `rows` where those of `ids` (None: all) were.
@@ -77,7 +84,9 @@ class Passages:
         if not (keys[1:] > keys[:-1]).all():
             order = np.argsort(keys, kind="stable")
             kept = {name: column[order] for name, column in kept.items()}
-        self._set(kept)
+        stay = ~np.isin(self._times[:, 0], self.keys[out])
+        self._times = np.concatenate([self._times[stay], _times(new)])
+        self._set(kept, self._times)
         return gone, [row.key for row in new]
 
     def rows_of(self, keys: Ints) -> Ints:
@@ -131,7 +140,7 @@ class Passages:
             "embedded": np.array([row.embedded for row in rows], np.bool_),
         }
 
-    def _set(self, columns: dict[str, npt.NDArray[np.generic]]) -> None:
+    def _set(self, columns: dict[str, npt.NDArray[np.generic]], times: Ints) -> None:
         self.keys: Ints = columns["keys"]  # type: ignore[assignment]
         self.ids = columns["ids"]
         self.place: Ints = columns["place"]  # type: ignore[assignment]
@@ -141,6 +150,7 @@ class Passages:
         self.until: Ints = columns["until"]  # type: ignore[assignment]
         self.state = columns["state"]
         self.embedded: Bools = columns["embedded"]  # type: ignore[assignment]
+        self.naming = np.column_stack([np.searchsorted(self.keys, times[:, 0]), times[:, 1:]])
         self.before, self.after = self._neighbours()
         self.linked = bool((self.before >= 0).any())
         self._active = None

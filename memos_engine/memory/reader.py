@@ -49,12 +49,14 @@ _COMMANDS: tuple[tuple[str, Intent, re.Pattern[str]], ...] = (
 
 @dataclass
 class _Reading:
-    """What is understood so far: the matter begins at `start`; `command`: by a command, not by its form."""
+    """What is understood so far: the matter begins at `start`; `command`: by a command, not by its form.
+    `begin`: where that command or form itself begins, which may tell of the time meant."""
 
     intent: Intent | None
     start: int
     command: bool = False
     reasons: list[str] = field(default_factory=list)
+    begin: int = -1
 
 
 class MemReader:
@@ -96,7 +98,7 @@ class MemReader:
         text, anchor = utterance[first:end], None
         if found.command and p.REFERENCE.match(plain[first:end][:SIGHT]):
             text, anchor = _filled(intent, last, reasons)
-        window = window_of(plain[found.start :], now, intent)
+        window = window_of(plain[found.begin :], now, intent)
         if window is not None:
             reasons.append("time-window")
         return MemoryCall(
@@ -142,8 +144,9 @@ def _understood(plain: str, start: int, depth: int = 0) -> _Reading:
         found = read(plain, start, depth)
         if found is not None:
             found.reasons[:0] = reasons
+            found.begin = max(start, found.begin)
             return found
-    return _Reading(None, start, reasons=reasons)
+    return _Reading(None, start, reasons=reasons, begin=start)
 
 
 def _without(plain: str, start: int, reasons: list[str], *leads: tuple[str, re.Pattern[str]]) -> int:

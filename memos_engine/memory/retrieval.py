@@ -32,7 +32,8 @@ class RetrievalWeights:
     count less for the same words, 0 to 1. A memory lends `from_before` of its score to the one after it and
     `from_after` to the one before it, `fading` of that one place further, up to `reach` places. `dated`: what
     a memory gains by lying in the time that the query names, as a share of the best score, or up to
-    `dated_days` after it (people tell of things afterwards). `max_terms`: words of a query that count.
+    `dated_days` after it (people tell of things afterwards); `named`: by naming itself a time within that
+    one (`yesterday`, counted from when it was said). `max_terms`: words of a query that count.
     Raises `MemoryInputError`.
     """
 
@@ -47,6 +48,7 @@ class RetrievalWeights:
     reach: int = 6
     dated: float = 0.4
     dated_days: int = 3
+    named: float = 0.4
     max_terms: int = 8
 
     def __post_init__(self) -> None:
@@ -77,6 +79,7 @@ class Ranking:
     base: Scores
     spread: Scores
     dated: Bools
+    named: Bools
     relevance: Scores
 
 
@@ -184,21 +187,24 @@ def fuse(
         base += weights.of(view) * scaled[view]
     gained = spread(base, passages, weights, active)
     total = base + gained
-    dated = np.zeros(n, np.bool_)
+    dated, named = np.zeros(n, np.bool_), np.zeros(n, np.bool_)
+    rows, firsts, lasts = passages.naming.T
     slack = weights.dated_days * 86_400_000_000
     for start, end in intervals:
         dated |= (passages.valid_from >= start) & (passages.valid_from <= end + slack)
+        named[rows[(firsts >= start) & (lasts <= end)]] = True
     dated &= active
-    total = total + weights.dated * total.max(initial=0) * dated
+    named &= active
+    total = total + total.max(initial=0) * (weights.dated * dated + weights.named * named)
     highest = sum(weights.of(view) for view in raw) * _most(weights)
     relevance = np.round(total / highest if highest > 0 else total, DIGITS)
     nothing = np.zeros((0, n), np.bool_)
     return Ranking(
-        raw, scaled, terms, nothing if present is None else present, base, gained, dated, relevance
+        raw, scaled, terms, nothing if present is None else present, base, gained, dated, named, relevance
     )
 
 
 def _most(weights: RetrievalWeights) -> float:
     """The highest total that a base score of 1 everywhere could reach."""
     fading = sum(weights.fading**step for step in range(weights.reach))
-    return (1 + (weights.from_before + weights.from_after) * fading) * (1 + weights.dated)
+    return (1 + (weights.from_before + weights.from_after) * fading) * (1 + weights.dated + weights.named)

@@ -21,7 +21,8 @@ class Explanation:
 
     `raw`, `scaled` and `weights` by view (see `RetrievalWeights`), `terms`: the query's words that the memory
     itself holds, with their rarity; `spread`: what its neighbours lent; `dated`: whether it lies in a time
-    that the query names; `relevance` is the outcome. `dropped`: the filters that it does not pass.
+    that the query names, `named`: whether its words name a time within that one; `relevance` is the outcome.
+    `dropped`: the filters that it does not pass.
     """
 
     cube_id: str
@@ -31,6 +32,7 @@ class Explanation:
     terms: tuple[tuple[str, float], ...]
     spread: float
     dated: bool
+    named: bool
     relevance: float
     dropped: tuple[str, ...] = ()
 
@@ -103,6 +105,7 @@ class Search:
             tuple((stem, round(rarity, DIGITS)) for stem, rarity in held),
             round(float(ranking.spread[row]), DIGITS),
             bool(ranking.dated[row]),
+            bool(ranking.named[row]),
             float(ranking.relevance[row]),
             tuple(dropped),
         )

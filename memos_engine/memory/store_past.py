@@ -28,6 +28,7 @@ from memos_engine.memory.store_rows import (
     record_event,
     record_move,
 )
+from memos_engine.memory.store_times import copy_times
 from memos_engine.memory.store_versions import carry_forms, content_of, link, unflag_derived
 from memos_engine.memory.store_view import visible
 from memos_engine.memory.store_write import WriteVerbs
@@ -240,6 +241,7 @@ class TimeVerbs(WriteVerbs, LifeVerbs):
         for statement in _COPIES[:2]:
             conn.execute(statement.format("cube_id = :id AND version = :version"), which)
         copy_passage(conn, scope, (cube.id, cube.version), copy)
+        copy_times(conn, (cube.id, cube.version), copy)
         for statement in _COPIES[2:]:
             conn.execute(statement.format("cube_id = :id AND version = :version"), which)
         conn.execute(

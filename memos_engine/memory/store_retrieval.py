@@ -20,7 +20,7 @@ from memos_engine.memory.store_fts import Keys
 from memos_engine.memory.store_rows import SELECT_CUBE, Params, among, cube_of, visible
 
 _ROWS = """SELECT f.id, c.id, f.place, c.owner, f.session, f.words, f.valid_from, c.state, c.ttl_at,
-    c.closed_at, v.cube_id IS NOT NULL{vec}
+    c.closed_at, v.cube_id IS NOT NULL, f.named{vec}
 FROM {cube} JOIN passage f ON f.cube_id = c.id AND f.version = c.version
 LEFT JOIN vector v ON v.cube_id = c.id AND v.version = c.version AND v.model_id = :model"""
 
@@ -34,7 +34,8 @@ class PassageRow:
     """A visible memory's current version. `key` names this version's words forever; times are ISO 8601.
 
     `until`: the end of its time to live, or when a later fact ended it, whichever comes first. `embedded`:
-    the model asked for has a vector; `vector [dim]` is that, where vectors were asked for.
+    the model asked for has a vector; `vector [dim]` is that, where vectors were asked for. `named`: first and
+    last moment of each time that the words name.
     """
 
     key: int
@@ -47,6 +48,7 @@ class PassageRow:
     state: str
     until: str | None
     embedded: bool
+    named: tuple[tuple[str, str], ...] = ()
     vector: npt.NDArray[np.float32] | None = None
 
 
@@ -70,7 +72,7 @@ class RetrievalRows(StoreBase):
         sql = _ROWS.format(vec=", v.vec" if vectors else "", cube="cube c" if ids is None else _BY_IDS)
         with self._db.read() as conn:
             rows = conn.execute(f"{sql} WHERE {where}", params).fetchall()
-        return [_passage(row, row[11] if vectors else None) for row in rows]
+        return [_passage(row, row[12] if vectors else None) for row in rows]
 
     def changes(self, since: int | None) -> tuple[int, list[str] | None]:
         """The number of the last change to anything searchable, and the ids of memories that changed after
@@ -168,6 +170,7 @@ def _passage(row: tuple[Any, ...], vector: bytes | None) -> PassageRow:
         state=row[7],
         until=min((end for end in row[8:10] if end is not None), default=None),
         embedded=bool(row[10]),
+        named=() if row[11] is None else tuple((first, last) for first, last in json.loads(row[11])),
         vector=None if vector is None else np.frombuffer(vector, "<f4").astype(np.float32),
     )
 

@@ -13,6 +13,7 @@ from memos_engine.memory.fact import gist_of
 from memos_engine.memory.governance import Principal, StoreKeys
 from memos_engine.memory.store_fts import insert_passage
 from memos_engine.memory.store_rows import append_audit, caller
+from memos_engine.memory.store_times import insert_times
 from memos_engine.memory.values import is_number
 
 DERIVATIONS = ("derived_from", "merged_from", "branch_of")
@@ -59,6 +60,7 @@ def insert_version(
     starts = time_to_text(fact.valid_from) if fact is not None and fact.valid_from else None
     since = content.since or starts or now
     insert_passage(conn, owner, cube_id, version, content.text, since, content.session)
+    insert_times(conn, cube_id, version, parent, content.text, (starts if parent is None else None) or now)
     if fact is not None:
         ends = time_to_text(fact.valid_to) if fact.valid_to else None
         conn.execute(

@@ -21,6 +21,7 @@ from memos_engine.memory.cube import (
     validate_tags,
     validate_text,
 )
+from memos_engine.memory.dates import prepare
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.lifecycle import LifecycleState, check_move
 from memos_engine.memory.new import NewMemory, check_embedding, ids_once
@@ -123,6 +124,8 @@ class WriteVerbs(StoreBase):
         vectors = [None if new.vector is None else unit_vector(new.vector) for new in memories]
         if not memories:
             return []
+        for new in memories:
+            prepare(new.text)
         with self._change() as (conn, now):
             owner = principal_id(conn, principal, now)
             return [
@@ -273,6 +276,7 @@ class WriteVerbs(StoreBase):
         token = None
         if idempotency_key is not None:
             token = self.keys.token_hmac(principal, validate_text(idempotency_key, 1000))
+        prepare(text)
         with self._change() as (conn, now):
             call = None if token is None else (principal_id(conn, principal, now), token)
             if call is not None and (earlier := self._repeated(conn, principal, call, request, now)):

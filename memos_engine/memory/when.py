@@ -43,12 +43,12 @@ def intervals(text: str, now: datetime, years: Sequence[int], *, relative: bool 
     year means that day in each of `years`. What is no date (31 February, the year 0) is passed over.
     """
     found: dict[Interval, int] = {}
-    taken: list[tuple[int, int]] = []
+    taken: set[int] = set()  # places in the text
     for pattern in _PATTERNS:
         for match in pattern.finditer(text):
-            if any(match.start() < end and start < match.end() for start, end in taken):
+            if not taken.isdisjoint(range(*match.span())):
                 continue
-            taken.append(match.span())
+            taken.update(range(*match.span()))
             for first, last in _days(match.groupdict(), years):
                 found.setdefault(whole_days(first, last, now), match.start())
     for match in _RELATIVE.finditer(text) if relative else ():

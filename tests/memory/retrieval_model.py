@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 
 import numpy as np
 
+from memos_engine.memory.dates import named_times
 from memos_engine.memory.embed import COMMON_WORDS
 from memos_engine.memory.filters import Filters
 from memos_engine.memory.governance import Principal
@@ -130,8 +131,11 @@ def relevance(
     for one in active:
         if any(a <= one.valid_from <= b + slack for a, b in intervals(query, now, years)):
             total[one.id] += weights.dated * best
+        asked = intervals(query, now, years)
+        if any(a <= c and d <= b for a, b in asked for c, d in named_times(one.text, one.valid_from)):
+            total[one.id] += weights.named * best
     fading = sum(weights.fading**step for step in range(weights.reach))
-    most = (1 + (weights.from_before + weights.from_after) * fading) * (1 + weights.dated)
+    most = (1 + (weights.from_before + weights.from_after) * fading) * (1 + weights.dated + weights.named)
     most *= sum(weights.of(view) for view in views)
     rarity = {s: math.log1p((len(words) - held[s] + 0.5) / (held[s] + 0.5)) for s in used}
     close = {

@@ -30,7 +30,7 @@ def test_no_module_imports_the_other_side() -> None:
 
 
 def test_using_a_store_does_not_load_torch() -> None:
-    modules = "store, operator, scheduler, vault, index, governance, lifecycle, cube, audit"
+    modules = "store, operator, scheduler, vault, index, governance, lifecycle, cube, audit, reader, extract"
     code = f"import sys; from memos_engine.memory import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -201,7 +201,7 @@ def test_an_older_store_becomes_searchable(
         triggers = ("cube_moved", "vector_added")
         for name in triggers:
             conn.execute(f"DROP TRIGGER {name}")
-        conn.execute("DELETE FROM schema_migration WHERE name = '0002_retrieval'")
+        conn.execute("DELETE FROM schema_migration WHERE name IN ('0002_retrieval', '0004_named_times')")
         conn.execute("PRAGMA user_version = 1")
     store.close()
     again = reopen()
