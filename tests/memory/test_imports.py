@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,9 +38,9 @@ def test_using_a_store_does_not_load_torch() -> None:
 
 def test_only_the_store_writes_sql() -> None:
     allowed = ("store", "schema", "migrations")
-    verbs = ("INSERT INTO", "DELETE FROM", "UPDATE ", "SELECT ")
+    verbs = re.compile(r"INSERT INTO|DELETE FROM|UPDATE \w|SELECT ")
     for path in FOLDER.glob("*.py"):
         if path.name.startswith(allowed):
             continue
         text = path.read_text(encoding="utf-8")
-        assert not any(verb in text for verb in verbs), path.name
+        assert not verbs.search(text), path.name
