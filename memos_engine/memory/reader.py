@@ -95,9 +95,10 @@ class MemReader:
         else:
             intent = found.intent
         first, end = _matter(plain, found, intent)
-        text, anchor = utterance[first:end], None
+        text, anchor, before = utterance[first:end], None, utterance[max(0, first - 4) : first]
         if found.command and p.REFERENCE.match(plain[first:end][:SIGHT]):
             text, anchor = _filled(intent, last, reasons)
+            before = ""
         window = window_of(plain[found.begin :], now, intent)
         if window is not None:
             reasons.append("time-window")
@@ -105,7 +106,7 @@ class MemReader:
             caller=principal,
             intent=intent,
             text=text,
-            entities=entities_of(text),
+            entities=entities_of(text, before),
             window=window,
             semantic_type=type_of(plain if intent in (Intent.RECALL, Intent.FORGET) else text, intent),
             scope=scope_of(plain, intent),

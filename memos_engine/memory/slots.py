@@ -62,18 +62,23 @@ _PRIVATE = re.compile(
 )
 
 
-def entities_of(text: str) -> tuple[str, ...]:
-    """Names (words with a capital that do not merely begin a sentence) and quotations, in order."""
+def entities_of(text: str, before: str = "") -> tuple[str, ...]:
+    """Names (words with a capital that do not merely begin a sentence) and quotations, in order.
+
+    `before`: what stands in front of the text where it was said.
+    """
     head = text[:HEAD]
     found: dict[str, int] = {}
+    quoted: set[int] = set()
     for match in _QUOTED.finditer(head):
+        quoted.update(range(*match.span()))
         found.setdefault(next(part for part in match.groups() if part), match.start())
     for match in _WORD.finditer(head):
         word = match[0]
         name = re.sub(r"['’]s$", "", word)
-        if not name[0].isupper() or name.casefold().replace("’", "'") in _PLAIN:
+        if match.start() in quoted or not name[0].isupper() or name.casefold().replace("’", "'") in _PLAIN:
             continue
-        if _SENTENCE.search(head[: match.start()][-4:]) and not _named(head[match.end() :]):
+        if _SENTENCE.search((before + head[: match.start()])[-4:]) and not _named(head[match.end() :]):
             continue
         last = next(reversed(found), None)
         if last is not None and head[: match.start()].endswith(f"{last} "):  # `Anna Smith` is one name
