@@ -20,6 +20,7 @@ from memos_engine.errors import (
     MemosEngineError,
     RefusedError,
 )
+from memos_engine.memory.call import Intent, MemoryCall
 from memos_engine.memory.cube import MemCube, Provenance
 from memos_engine.memory.filters import Filters
 from memos_engine.memory.governance import Principal
@@ -198,7 +199,38 @@ class MemoryAPI:
 
         return self._call("audit", act)
 
+    def carry_out(self, call: MemoryCall, k: int = 8) -> ApiReply:
+        """What a `MemoryCall` asks for: `remember` is stored (for others to read, where it says so), `recall`
+        and `question` are looked up in its scope.
+
+        `update` and `forget` change nothing: words alone do not name a memory. The reply has the memories
+        that may be meant, best first; do it by id then. Raises nothing, see `ApiReply`.
+        """
+
+        def act() -> Outcome:
+            if call.caller != self.principal:
+                raise MemoryInputError("the call is of another caller; carry it out through their own API.")
+            if call.intent is Intent.REMEMBER:
+                visibility = "read_only" if call.scope == "shared" else "private"
+                fields = {} if call.semantic_type is None else {"semantic_type": call.semantic_type}
+                return Outcome(cubes=self.create(call.text, visibility=visibility, **fields).require().cubes)
+            kinds = () if call.semantic_type is None else (call.semantic_type,)
+            if not call.text and call.intent is Intent.RECALL:
+                found = self.store.list(self.principal)
+                wanted = [c for c in found if not kinds or c.semantic_type in kinds]
+                return Outcome(cubes=[c for c in wanted if self._in_scope(c, call.scope)][-k:])
+            hits = self.operator.recall(
+                self.principal, call.text, 4 * k, filters=Filters(semantic_types=kinds)
+            )
+            near = [hit for hit in hits if self._in_scope(hit.cube, call.scope)][:k]
+            return Outcome(cubes=[hit.cube for hit in near], candidates=near)
+
+        return self._call(call.intent.value, act)
+
     # -- parts ---------------------------------------------------------------------------------------
+
+    def _in_scope(self, cube: MemCube, scope: str) -> bool:
+        return scope == "all" or (cube.owner == self.principal) == (scope == "private")
 
     def _sourced(self, new: NewMemory) -> NewMemory:
         return new if new.provenance is not None else replace(new, provenance=self.provenance)

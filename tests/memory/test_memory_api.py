@@ -11,9 +11,10 @@ from memos_engine.errors import AccessError, ConflictError, MemoryNotFoundError
 from memos_engine.memory.cube import Fact, Provenance
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.lifecycle import LifecycleState
-from memos_engine.memory.memory_api import LogQuery, MemoryAPI
+from memos_engine.memory.memory_api import ApiReply, LogQuery, MemoryAPI
 from memos_engine.memory.new import NewMemory
 from memos_engine.memory.operator import MemOperator
+from memos_engine.memory.reader import MemReader
 from memos_engine.memory.store import MemoryStore
 
 MISSING = "00000000-0000-7000-8000-000000000000"
@@ -148,3 +149,22 @@ def test_audit(api: MemoryAPI, store: MemoryStore, bob: Principal) -> None:
     assert [event["event"] for event in api.audit().events] == ["added", "updated"]  # nothing of bob's
     assert api.audit(LogQuery(event="updated", limit=1)).events == events[1:]
     assert api.audit(LogQuery(limit=0)).status == "invalid"
+
+
+def test_what_is_said_is_carried_out(
+    api: MemoryAPI, store: MemoryStore, alice: Principal, bob: Principal
+) -> None:
+    reader, now = MemReader(), store.now()
+
+    def say(words: str, who: MemoryAPI = api) -> ApiReply:
+        return who.carry_out(reader.read(who.principal, words, now=now))
+
+    made = say("Please remember that the harbour is old.").cube
+    assert made.body == "the harbour is old."
+    theirs = store.add(bob, "the harbour of bob", visibility="read_only")
+    assert {c.id for c in say("What do you know about the harbour?").cubes} == {made.id, theirs.id}
+    for words in ("Forget what I said about the harbour.", "Forget it."):
+        say(words)
+        assert store.get(alice, made.id) == made  # words alone end nothing
+    call = reader.read(bob, "Remember my sister.", now=now)
+    assert api.carry_out(call).status == "invalid"
