@@ -61,6 +61,9 @@ class Notes:
                 self.broken = False
                 raise OSError("the splice failed half-way")
 
+    def settle(self):
+        """Records are all there at once here."""
+
     def copy_pages(self, copies):
         for source, target in copies:
             for i in range(PAGE):
