@@ -65,7 +65,7 @@ class Passages:
     def clear(self) -> None:
         self._sources.clear()
         self._times = _times([])
-        self._set(self._columns([]), self._times)
+        self._set(self._columns([]))
 
     def replace(self, ids: Collection[str] | None, rows: Iterable[PassageRow]) -> tuple[Ints, list[int]]:
         """Put `rows` where those of `ids` (None: all) were.
@@ -86,7 +86,7 @@ class Passages:
             kept = {name: column[order] for name, column in kept.items()}
         stay = ~np.isin(self._times[:, 0], self.keys[out])
         self._times = np.concatenate([self._times[stay], _times(new)])
-        self._set(kept, self._times)
+        self._set(kept)
         return gone, [row.key for row in new]
 
     def rows_of(self, keys: Ints) -> Ints:
@@ -140,7 +140,7 @@ class Passages:
             "embedded": np.array([row.embedded for row in rows], np.bool_),
         }
 
-    def _set(self, columns: dict[str, npt.NDArray[np.generic]], times: Ints) -> None:
+    def _set(self, columns: dict[str, npt.NDArray[np.generic]]) -> None:
         self.keys: Ints = columns["keys"]  # type: ignore[assignment]
         self.ids = columns["ids"]
         self.place: Ints = columns["place"]  # type: ignore[assignment]
@@ -150,7 +150,8 @@ class Passages:
         self.until: Ints = columns["until"]  # type: ignore[assignment]
         self.state = columns["state"]
         self.embedded: Bools = columns["embedded"]  # type: ignore[assignment]
-        self.naming = np.column_stack([np.searchsorted(self.keys, times[:, 0]), times[:, 1:]])
+        rows = np.searchsorted(self.keys, self._times[:, 0])
+        self.naming = np.column_stack([rows, self._times[:, 1:]])
         self.before, self.after = self._neighbours()
         self.linked = bool((self.before >= 0).any())
         self._active = None

@@ -174,33 +174,22 @@ class StoreBase:
         Erasures within it need `rewrite=False` and `finish_erasures` afterwards.
         """
         with self._db.read():  # no other thread gets in between
-            if self._together is not None:
-                try:
-                    with self._db.write():
-                        yield
-                except BaseException:
-                    self._forget_undone()
-                    raise
-                return
-            together = self._together = Together()
+            outermost = self._together is None
+            together = self._together = self._together or Together()
             try:
                 with self._db.write():
                     yield
             except BaseException:
-                self._forget_undone()
+                self.undone += 1
+                self._postings.clear()  # numbers of passages will be given out again
                 raise
-            else:
-                removed = together.removed
             finally:
-                self._together = None
-                for event in together.refused:
-                    self._audit_refusal(event)
-            self._remove(removed)
-
-    def _forget_undone(self) -> None:
-        """Numbers of changes and passages will be given out again."""
-        self.undone += 1
-        self._postings.clear()
+                if outermost:
+                    self._together = None
+                    for event in together.refused:
+                        self._audit_refusal(event)
+            if outermost:
+                self._remove(together.removed)
 
     def _remove(self, refs: Iterable[BlobRef], *, lenient: bool = True) -> tuple[BlobRef, ...]:
         """Remove files that no row names, under the write lock: nobody can begin to name them meanwhile.

@@ -220,6 +220,7 @@ def rebuild_words(conn: sqlite3.Connection, tenant: int) -> None:
     _make_tables(conn, table)
     rows = ((key, body) for key, _, body in _bodies(conn, tenant).fetchall() if key is not None)
     conn.executemany(f"INSERT INTO {table} (rowid, body) VALUES (?, ?)", rows)
+    conn.execute("INSERT INTO index_log (cube_id) VALUES (NULL)")  # old words are forgotten
 
 
 class Stemmer:

@@ -80,15 +80,16 @@ class RetrievalRows(StoreBase):
         with self._db.read() as conn:
             last = conn.execute("SELECT seq FROM sqlite_sequence WHERE name = 'index_log'").fetchone()
             seq = int(last[0]) if last else 0
-            if since is None or since > seq:
-                return seq, None
             if since == seq:
                 return seq, []
             (first,) = conn.execute("SELECT min(seq) FROM index_log").fetchone()
-            rows = conn.execute("SELECT DISTINCT cube_id FROM index_log WHERE seq > ?", (since,)).fetchall()
-        if first is None or first > since + 1 or (None,) in rows:
-            return seq, None
-        return seq, [row[0] for row in rows]
+            if since is not None and since < seq and first is not None and first <= since + 1:
+                sql = "SELECT DISTINCT cube_id FROM index_log WHERE seq > ?"
+                rows = conn.execute(sql, (since,)).fetchall()
+                if (None,) not in rows:
+                    return seq, [row[0] for row in rows]
+            self._postings.clear()  # words may have been built anew
+        return seq, None
 
     def rights_change(self, principal: Principal) -> datetime | None:
         """When the next grant in the caller's tenant expires: rows read before are good until then."""

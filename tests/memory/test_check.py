@@ -283,3 +283,19 @@ def test_what_is_due_is_what_a_sweep_does(
     for policy in (SweepPolicy(), SweepPolicy(forget_s=3600), SweepPolicy(idle_s=50_000, forget_s=3600)):
         would = store.due(policy)
         assert store.sweep(policy) == would
+
+
+def test_words_made_anew_are_found_by_whoever_searched_before(
+    lived: MemoryStore, reopen: Open, alice: Principal
+) -> None:
+    def found(operator: MemOperator) -> set[str]:
+        return {c.cube.id for word in ("Biscuit", "Rex") for c in operator.recall(alice, word)}
+
+    before = found(MemOperator(reopen()))
+    assert before
+    run_sql(lived, "INSERT INTO fts_1 (fts_1) VALUES ('delete-all')")
+    stores = [reopen(), reopen()]
+    operators = [MemOperator(store) for store in stores]
+    assert [found(operator) for operator in operators] == [set(), set()]
+    stores[0].check(repair=True)
+    assert [found(operator) for operator in operators] == [before, before]
