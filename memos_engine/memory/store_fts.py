@@ -123,8 +123,8 @@ def purge_words(conn: sqlite3.Connection, cube_ids: Iterable[str]) -> None:
         conn.execute(f"INSERT INTO {table} ({table}) VALUES ('optimize')")
 
 
-def postings(conn: sqlite3.Connection, tenant: str, word: str, after: int = 0) -> Keys:
-    """Ids above `after` of the tenant's passages that hold a word of the same stem, ascending.
+def postings(conn: sqlite3.Connection, tenant: str, word: str, after: int = 0, last: int = 2**63 - 1) -> Keys:
+    """Ids above `after`, up to `last`, of the tenant's passages that hold a word of the same stem, ascending.
 
     `word` is one of those that `Stemmer.words` gives.
     """
@@ -133,7 +133,8 @@ def postings(conn: sqlite3.Connection, tenant: str, word: str, after: int = 0) -
         return np.zeros(0, np.int64)
     table, phrase = _table(number), '"' + word.replace('"', '""') + '"'
     (found,) = conn.execute(
-        f"SELECT group_concat(rowid) FROM {table} WHERE {table} MATCH ? AND rowid > ?", (phrase, after)
+        f"SELECT group_concat(rowid) FROM {table} WHERE {table} MATCH ? AND rowid > ? AND rowid <= ?",
+        (phrase, after, last),
     ).fetchone()
     keys = np.fromstring(found or "", dtype=np.int64, sep=",")
     return keys if (keys[1:] > keys[:-1]).all() else np.sort(keys)  # the order is FTS5's, not SQL's
@@ -154,7 +155,7 @@ class PostingsCache:
         last = int(row[0]) if row else 0
         known, keys = self._kept.pop((tenant, stem), (0, np.zeros(0, np.int64)))
         if last > known:
-            new = postings(conn, tenant, word, known)
+            new = postings(conn, tenant, word, known, last)  # what comes meanwhile is for the next reading
             keys = np.concatenate([keys, new]) if len(keys) else new
         self._kept[tenant, stem] = max(last, known), keys
         while len(self._kept) > self._most:

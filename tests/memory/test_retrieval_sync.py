@@ -254,3 +254,20 @@ def test_a_word_finds_what_holds_its_stem(tmp_path_factory: Any, texts: list[str
                 assert found[stem].tolist() == holding
             bodies.append("one more: running caf\u00e9")
             store.add(user, bodies[-1])
+
+
+def test_what_is_written_between_two_statements_counts_once(
+    reopen: Callable[..., MemoryStore], alice: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = reopen(), reopen()
+    two.add(alice, "first dog")
+    read = store_fts.postings
+
+    def late(*args: Any) -> Any:
+        monkeypatch.setattr(store_fts, "postings", read)
+        two.add(alice, "second dog")
+        return read(*args)
+
+    monkeypatch.setattr(store_fts, "postings", late)
+    assert one.postings(alice, {"dog": "dog"})["dog"].tolist() == [1]
+    assert one.postings(alice, {"dog": "dog"})["dog"].tolist() == [1, 2]
