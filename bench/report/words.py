@@ -74,8 +74,8 @@ BENCHES = {
     "store": (
         "The store",
         "What keeping memories costs as they grow in number: adding one so that it survives a power cut, "
-        "beside the fsync that nobody can do without; reading one through access control, now and in the "
-        "past; opening the store; bytes on disk.",
+        "beside the fsync that nobody can do without; searching and reading through access control, also as "
+        "of the past; opening the store; bytes on disk.",
     ),
     "compare": (
         "Comparison of two results",
