@@ -30,7 +30,8 @@ from memos_engine.errors import (
 from memos_engine.memory.embed import Embedder, default_embedder
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import Candidate, MemOperator
-from memos_engine.memory.scheduler import MemScheduler, Plan, PlanInput, PlanRequest
+from memos_engine.memory.plan import Plan, PlanInput, PlanRequest
+from memos_engine.memory.scheduler import MemScheduler
 from memos_engine.memory.store import MemoryStore
 from memos_engine.models import resolve
 from memos_engine.planning import plan_input, plan_with_records

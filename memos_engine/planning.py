@@ -11,7 +11,8 @@ from memos_engine.activation import ANCHORED, ActivationMemory, StoredKV
 from memos_engine.decoder.record import KVRecord
 from memos_engine.errors import PayloadError
 from memos_engine.memory.operator import Candidate
-from memos_engine.memory.scheduler import KVAvailability, MemScheduler, Plan, PlanInput, PlanRequest
+from memos_engine.memory.plan import KVAvailability, Plan, PlanInput, PlanRequest
+from memos_engine.memory.scheduler import MemScheduler
 
 
 def plan_input(found: Candidate, tokens: int, stored: StoredKV, exact: bool) -> PlanInput:

@@ -10,7 +10,7 @@ from memos_engine.decoder.engine import StepOutput
 from memos_engine.decoder.sequence import Span, Stats
 from memos_engine.memory.cube import MemCube
 from memos_engine.memory.governance import Principal
-from memos_engine.memory.scheduler import Plan
+from memos_engine.memory.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -1,193 +1,367 @@
 """MemScheduler: which memories go into a request, in which order and form, and why.
 
-A pure function of its inputs: no clock, no files, no model. The first policy is simple: the best-scored
-memories that fit the window, as KV wherever a usable record exists.
+A pure function of candidates, costs, budget and policy: no clock, no files, no model. Without a budget the
+most relevant memories that fit the window enter, in the fastest form that keeps the asked quality. With one,
+a knapsack over {skip, text, kv} and the share of tokens computed again takes what promises the best answer
+before the budget is over (docs/scheduling.md).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+
+import numpy as np
 
 from memos_engine.errors import MemoryInputError
+from memos_engine.memory.costs import CostTable, Load, Pricer, default_table
+from memos_engine.memory.items import KV, SKIP, TEXT, Choice, Floats, Items, loads, values
+from memos_engine.memory.knapsack import EQUAL, search
+from memos_engine.memory.need import DEFAULT_NEED, NeedModel
+from memos_engine.memory.plan import (
+    Forecast,
+    KnownPrefix,
+    Option,
+    Plan,
+    PlanInput,
+    PlanRequest,
+    Segment,
+    Skipped,
+)
+from memos_engine.memory.quality import DEFAULT_QUALITY, SpliceQuality, overlaps
+from memos_engine.memory.residuals import Residuals
 
-REQUEST_FORMS = ("auto", "text", "kv", "none")
-
-
-@dataclass(frozen=True, slots=True)
-class KVAvailability:
-    """Whether a usable KV record of a memory exists; if not, `reason` says why.
-
-    `tokens` is the record's length; `exact_in_slot0`: a record that is exact right behind the anchor exists.
-    """
-
-    available: bool
-    tokens: int = 0
-    exact_in_slot0: bool = False
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class PlanInput:
-    """A candidate: how alike it is to the query, the tokens of its wrapped span as text, and its KV.
-
-    `relevance` is its place among the candidates (None: its score); `score` is what `min_score` speaks of.
-    """
-
-    cube_id: str
-    score: float
-    text_tokens: int
-    kv: KVAvailability
-    relevance: float | None = None
-
-    @property
-    def rank(self) -> float:
-        return self.score if self.relevance is None else self.relevance
-
-
-@dataclass(frozen=True, slots=True)
-class PlanRequest:
-    """What the caller wants and what there is room for.
-
-    `form`: `auto` and `kv` take KV where there is a record and text elsewhere (`kv` says so in the reason),
-    `text` takes text only, `none` takes no memory. `max_memory_tokens` is the room in the window. `recompute`
-    is the share of memory tokens to compute anew, 0 to 1.
-    """
-
-    form: str
-    max_memory_tokens: int
-    max_memories: int
-    min_score: float | None = None
-    recompute: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.form not in REQUEST_FORMS:
-            raise MemoryInputError(f"form must be one of {', '.join(REQUEST_FORMS)}, not {self.form!r}.")
-        if self.max_memory_tokens < 0 or self.max_memories < 0:
-            raise MemoryInputError("max_memory_tokens and max_memories must be at least 0.")
-        if not 0.0 <= self.recompute <= 1.0:
-            raise MemoryInputError(
-                f"recompute={self.recompute!r}: it is a share of the memory tokens, between 0 and 1."
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A memory that goes in: `slot` counts from the anchor, `tokens` is its length in the window."""
-
-    cube_id: str
-    form: str
-    reason: str
-    slot: int
-    tokens: int
-    score: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """A memory that stays out, and why."""
-
-    cube_id: str
-    reason: str
-    score: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What goes into the request, in order; every candidate is in `segments` or in `skipped`."""
-
-    segments: tuple[Segment, ...]
-    skipped: tuple[Skipped, ...]
-    recompute: float = 0.0
-
-    @property
-    def tokens(self) -> int:
-        return sum(segment.tokens for segment in self.segments)
-
-    def explain(self) -> list[dict[str, Any]]:
-        """One JSON-safe row for each candidate: form `kv`, `text` or `skip`, and the reason."""
-        taken = [
-            {
-                "cube_id": s.cube_id,
-                "form": s.form,
-                "slot": s.slot,
-                "tokens": s.tokens,
-                "score": s.score,
-                "reason": s.reason,
-            }
-            for s in self.segments
-        ]
-        left = [
-            {
-                "cube_id": s.cube_id,
-                "form": "skip",
-                "slot": None,
-                "tokens": 0,
-                "score": s.score,
-                "reason": s.reason,
-            }
-            for s in self.skipped
-        ]
-        return taken + left
+SHARES = (0.0, 0.05, 0.1, 0.15, 0.25, 0.4, 0.6)
+MOST = 64  # candidates that are weighed
+PROMISE = 0.97  # share of requests that shall keep their budget
+PREFERENCE = 0.01  # of a memory's value, that a form the policies do not prefer loses
+SHORT = 64  # tokens up to which a memory that shall enter as text does so although KV is there
+MEBI = float(1 << 20)
 
 
 class MemScheduler:
-    """The policy. Most relevant first: the likeliest memory gets slot 0, where its record is exact."""
+    """The policy, over what is known of costs and of quality."""
+
+    def __init__(
+        self,
+        costs: CostTable | None = None,
+        quality: SpliceQuality = DEFAULT_QUALITY,
+        need: NeedModel = DEFAULT_NEED,
+        residuals: Residuals | None = None,
+    ) -> None:
+        self.costs = costs or default_table()
+        self.quality = quality
+        self.need = need
+        self.residuals = residuals or Residuals(self.costs.spread)
 
     def plan(self, candidates: Sequence[PlanInput], request: PlanRequest) -> Plan:
         """Decide about every candidate. Raises `MemoryInputError` for repeated ids and impossible numbers."""
         _check(candidates)
-        segments: list[Segment] = []
+        order = sorted(candidates, key=lambda c: (-c.rank, -c.score, c.cube_id))
+        needs = self.need([one.score for one in order], [one.rank for one in order])
+        order = [
+            replace(one, need=float(p)) if one.need is None else one for one, p in zip(order, needs, strict=True)
+        ]
+        fit, skipped = [], []
+        for one in order:
+            obstacle = _obstacle(one, request, len(fit))
+            if obstacle:
+                skipped.append(_skip(one, obstacle))
+            else:
+                fit.append(one)
+        price = self.pricer(request)
+        if request.budget_ms is None:
+            plan = self._best(fit, request, price)
+        else:
+            plan = self._within(fit, request, price, request.budget_ms)
+        notes = plan.notes if self.costs.calibrated else (*plan.notes, _UNCALIBRATED)
+        return replace(plan, skipped=_in_order((*plan.skipped, *skipped), order), notes=notes)
+
+    def pricer(self, request: PlanRequest) -> Pricer:
+        factors = self.residuals.factors()
+        plan_ms = 0.0 if request.frame.spent_ms else self.costs.plan_ms * factors.get("plan", 1.0)
+        return Pricer(self.costs, request.frame, factors, self.residuals.quantile(PROMISE), plan_ms)
+
+    def forecast(self, price: Pricer, load: Load) -> Forecast:
+        """What a request with this load is expected to take."""
+        stages = {name: float(ms) for name, ms in price.stages(load).items()}
+        table = {name: ms / price.factors.get(name, 1.0) for name, ms in stages.items()}
+        rest, spent = price.plan_ms + sum(stages.values()), price.frame.spent_ms
+        p95 = spent + self.residuals.quantile(0.95) * rest
+        return Forecast(stages, spent + rest, p95, spent + price.promise * rest, table, self.costs.calibrated)
+
+    # -- without a budget ------------------------------------------------------------------------
+
+    def _best(self, fit: Sequence[PlanInput], request: PlanRequest, price: Pricer) -> Plan:
+        """The most relevant that fit, as KV where a share keeps the quality."""
+        most = min(request.max_memories, len(fit))
+        share = request.recompute
+        if share is None:
+            good = (s for s in SHARES if self.quality.of(s, most) >= 1 - request.tolerance)
+            share = next(good, None)
+        text_only = "spliced KV would cost more quality than allowed" if share is None else ""
+        chosen: list[tuple[PlanInput, int]] = []
+        reasons: dict[str, str] = {}
         skipped: list[Skipped] = []
         used = 0
-        for one in sorted(candidates, key=lambda c: (-c.rank, -c.score, c.cube_id)):
-            form, tokens, reason = _choose(one, request, slot=len(segments))
-            obstacle = _obstacle(one, request, len(segments), tokens, request.max_memory_tokens - used)
-            if obstacle:
-                skipped.append(Skipped(one.cube_id, obstacle, one.score))
+        for one in fit:
+            form, reasons[one.cube_id] = _form(one, request, text_only, first=not chosen)
+            tokens = one.kv.tokens if form == KV else one.text_tokens
+            room = request.max_memory_tokens - used
+            if len(chosen) >= request.max_memories:
+                skipped.append(_skip(one, f"max_memories ({request.max_memories}) is reached"))
+            elif tokens > room:
+                skipped.append(_skip(one, _no_room(tokens, room, request)))
+            else:
+                chosen.append((one, form))
+                used += tokens
+        items = _items([one for one, _ in chosen], request)
+        forms = np.asarray([[form for _, form in chosen]], np.int8).reshape(1, len(chosen))
+        load = loads(items, forms, share or 0.0)
+        segments = self._segments(chosen, reasons, share or 0.0, most)
+        kept = sum(segment.value for segment in segments)
+        ideal = sum(segment.need for segment in segments)
+        return Plan(
+            segments,
+            tuple(skipped),
+            share or 0.0,
+            quality=kept / ideal if ideal else 1.0,
+            forecast=self.forecast(price, _first(load)),
+        )
+
+    # -- within a budget -------------------------------------------------------------------------
+
+    def _within(self, fit: Sequence[PlanInput], request: PlanRequest, price: Pricer, budget: float) -> Plan:
+        most = min(request.max_memories, len(fit))
+        shares = SHARES if request.recompute is None else (min(request.recompute, SHARES[-1]),)
+        graded = [(share, self.quality.of(share, most)) for share in shares]
+        found: list[tuple[Choice, list[PlanInput], Items]] = []
+        bound = 0.0
+        for known in (None, *request.known):
+            ordered = _ahead(fit, known)
+            if ordered is None:
                 continue
-            segments.append(Segment(one.cube_id, form, reason, len(segments), tokens, one.score))
-            used += tokens
-        return Plan(tuple(segments), tuple(skipped), request.recompute)
+            cached = 0 if known is None else len(known.cube_ids)
+            items = _items(ordered, request, cached)
+            choices, most_possible = search(
+                items, graded, price, budget, request.max_memory_tokens, request.max_memories
+            )
+            found += [(choice, ordered, items) for choice in choices]
+            bound = max(bound, most_possible)
+        empty = self.forecast(price, Load())
+        if not found:
+            note = (
+                f"The bare query cannot meet {budget:g} ms: it alone is expected to take "
+                f"{empty.total_ms:.0f} ms, {empty.promise_ms:.0f} ms to be sure. It goes without memories."
+            )
+            skipped = tuple(_skip(one, "not even the bare query meets the budget") for one in fit)
+            return Plan((), skipped, 0.0, budget, 0.0, 0.0, False, empty, notes=(note,))
+        best = max(found, key=lambda one: (round(one[0].value, 6), -one[0].ms))
+        choice, ordered, items = best
+        ideal = max(_ideal(_items(fit, request), request.max_memories), choice.value, 1e-9)
+        load = loads(items, np.asarray([choice.forms], np.int8), choice.share)
+        forecast = self.forecast(price, _first(load))
+        taken, reasons = _arranged(choice, ordered, items)
+        segments = self._segments(taken, reasons, choice.share, most)
+        left = [one for one, form in zip(ordered, choice.forms, strict=True) if form == SKIP]
+        return Plan(
+            segments,
+            _left_out(left, request, price, forecast, choice, len(segments)),
+            choice.share,
+            budget,
+            choice.value / ideal,
+            max(0.0, bound - choice.value) / ideal,
+            True,
+            forecast,
+            _rejected(found, best[0], shares, ideal, budget),
+        )
+
+    def _segments(
+        self, taken: Sequence[tuple[PlanInput, int]], reasons: dict[str, str], share: float, most: int
+    ) -> tuple[Segment, ...]:
+        spliced = self.quality.of(share, most)
+        out = []
+        for slot, (one, form) in enumerate(taken):
+            need = one.need or 0.0
+            exact = form == TEXT or (slot == 0 and one.kv.exact_in_slot0)
+            tokens = one.kv.tokens if form == KV else one.text_tokens
+            value = need * (1.0 if exact else spliced)
+            name = "kv" if form == KV else "text"
+            out.append(Segment(one.cube_id, name, reasons[one.cube_id], slot, tokens, one.score, need, value))
+        return tuple(out)
+
+
+_UNCALIBRATED = "predictions are guesses on this machine; measure it: memos-engine doctor --calibrate"
 
 
 def _check(candidates: Sequence[PlanInput]) -> None:
     if len({one.cube_id for one in candidates}) != len(candidates):
         raise MemoryInputError("a memory is among the candidates twice; give each one once.")
     for one in candidates:
-        if (
-            not math.isfinite(one.score)
-            or not math.isfinite(one.rank)
-            or one.text_tokens < 0
-            or one.kv.tokens < 0
-        ):
+        numbers = (one.score, one.rank, one.need or 0.0)
+        if not all(map(math.isfinite, numbers)) or one.text_tokens < 0 or one.kv.tokens < 0:
             raise MemoryInputError(
                 f"candidate {one.cube_id!r} needs a finite score and token counts of at least 0."
             )
 
 
-def _choose(one: PlanInput, request: PlanRequest, slot: int) -> tuple[str, int, str]:
-    """Form, tokens and reason of a candidate that goes in at `slot`."""
-    if request.form == "text":
-        return "text", one.text_tokens, "text was asked for"
-    if one.kv.available:
-        exact = slot == 0 and one.kv.exact_in_slot0
-        kind = "exact behind the anchor" if exact else "position-independent"
-        return "kv", one.kv.tokens, f"a KV record is stored ({kind})"
-    why = one.kv.reason or "no KV record is stored"
-    return "text", one.text_tokens, f"KV was asked for, but {why}" if request.form == "kv" else why
-
-
-def _obstacle(one: PlanInput, request: PlanRequest, taken: int, tokens: int, room: int) -> str:
-    """Why a candidate cannot go in; empty when it can."""
+def _obstacle(one: PlanInput, request: PlanRequest, before: int) -> str:
+    """Why a candidate is not weighed at all; empty when it is."""
     if request.form == "none":
         return "no memories were asked for"
     if request.min_score is not None and one.score < request.min_score:
         return f"its score {one.score:.3f} is below min_score {request.min_score:.3f}"
-    if taken >= request.max_memories:
-        return f"max_memories ({request.max_memories}) is reached"
-    if tokens > room:
-        return f"it needs {tokens} tokens, {room} of {request.max_memory_tokens} are left"
+    if before >= MOST:
+        return f"only the {MOST} most relevant candidates are weighed"
     return ""
+
+
+def _form(one: PlanInput, request: PlanRequest, text_only: str, first: bool) -> tuple[int, str]:
+    """Form and reason of a candidate where time does not matter."""
+    if request.form == "text":
+        return TEXT, "text was asked for"
+    if one.kv.available and not text_only:
+        if one.prefers == "text" and request.form == "auto" and one.text_tokens <= SHORT:
+            return TEXT, "a fact of this conversation, and short"
+        exact = first and one.kv.exact_in_slot0
+        return KV, f"a KV record is stored ({_kind(exact)})"
+    why = text_only if one.kv.available else one.kv.reason or "no KV record is stored"
+    return TEXT, f"KV was asked for, but {why}" if request.form == "kv" else why
+
+
+def _kind(exact: bool) -> str:
+    return "exact behind the anchor" if exact else "position-independent"
+
+
+def _no_room(tokens: int, room: int, request: PlanRequest) -> str:
+    return f"it needs {tokens} tokens, {room} of {request.max_memory_tokens} are left"
+
+
+def _skip(one: PlanInput, reason: str) -> Skipped:
+    return Skipped(one.cube_id, reason, one.score, one.need or 0.0)
+
+
+def _in_order(skipped: Sequence[Skipped], order: Sequence[PlanInput]) -> tuple[Skipped, ...]:
+    places = {one.cube_id: place for place, one in enumerate(order)}
+    return tuple(sorted(skipped, key=lambda one: places[one.cube_id]))
+
+
+def _items(fit: Sequence[PlanInput], request: PlanRequest, cached: int = 0) -> Items:
+    """Candidates as arrays, with the forms that the request allows."""
+    kv_too = request.form != "text"
+
+    def array(values: Sequence[float]) -> Floats:
+        return np.asarray(values, np.float64)
+
+    held = [one.kv.available and kv_too for one in fit]
+    text = [request.form != "kv" or not one.kv.available for one in fit]
+    disk = [here and one.kv.tier == "disk" for one, here in zip(fit, held, strict=True)]
+    return Items(
+        need=array([one.need or 0.0 for one in fit]),
+        text=array([one.text_tokens * ok for one, ok in zip(fit, text, strict=True)]),
+        kv=array([one.kv.tokens * ok for one, ok in zip(fit, held, strict=True)]),
+        exact=np.asarray([one.kv.exact_in_slot0 for one in fit], np.bool_),
+        disk=np.asarray(disk, np.bool_),
+        mib=array([one.kv.nbytes / MEBI * slow for one, slow in zip(fit, disk, strict=True)]),
+        text_worth=array([1 - PREFERENCE * (one.prefers == "kv") for one in fit]),
+        kv_worth=array([1 - PREFERENCE * (one.prefers == "text") for one in fit]),
+        overlap=overlaps([one.sketch for one in fit]),
+        cached=cached,
+    )
+
+
+def _ahead(fit: Sequence[PlanInput], known: KnownPrefix | None) -> list[PlanInput] | None:
+    """The candidates with those of a known prefix in front, in its order; None where one is missing."""
+    if known is None:
+        return list(fit)
+    by_id = {one.cube_id: one for one in fit}
+    if not all(cube_id in by_id for cube_id in known.cube_ids):
+        return None
+    return [by_id[i] for i in known.cube_ids] + [one for one in fit if one.cube_id not in known.cube_ids]
+
+
+def _first(load: Load) -> Load:
+    """The load of the only plan, as numbers."""
+    names = Load.__dataclass_fields__
+    return Load(**{name: float(np.ravel(getattr(load, name))[0]) for name in names})
+
+
+def _ideal(items: Items, most: int) -> float:
+    """Value of the best memories in their best form, were there time."""
+    top = np.argsort(-items.need, kind="stable")[:most]
+    forms = np.zeros((1, len(items)), np.int8)
+    forms[0, top] = np.where(items.text[top] > 0, TEXT, KV)
+    return float(values(items, forms, 1.0)[0])
+
+
+def _arranged(
+    choice: Choice, ordered: Sequence[PlanInput], items: Items
+) -> tuple[list[tuple[PlanInput, int]], dict[str, str]]:
+    """The chosen memories in the order of their slots, and why each has its form. Slot 0 goes to the likeliest
+    memory whose record is exact there; memories in pages stay where they stand."""
+    taken = [(one, form) for one, form in zip(ordered, choice.forms, strict=True) if form != SKIP]
+    exact = [one for one, form in taken if form == KV and one.kv.exact_in_slot0][: not items.cached]
+    taken.sort(key=lambda pair: pair[0] not in exact)
+    reasons = {}
+    for place, (one, form) in enumerate(taken):
+        if form == KV:
+            reasons[one.cube_id] = f"a KV record is stored ({_kind(one in exact)})"
+        elif place < items.cached:
+            reasons[one.cube_id] = "text that is in pages from an earlier request"
+        else:
+            why = "there is time for it" if one.kv.available else one.kv.reason or "no KV record is stored"
+            reasons[one.cube_id] = f"text: {why}"
+    return taken, reasons
+
+
+def _left_out(
+    left: Sequence[PlanInput],
+    request: PlanRequest,
+    price: Pricer,
+    forecast: Forecast,
+    choice: Choice,
+    taken: int,
+) -> tuple[Skipped, ...]:
+    """Why each of the others stays out."""
+    if not left:
+        return ()
+    items = _items(left, request)
+    one = np.eye(len(left), dtype=np.int8)
+    base = float(price(Load()))
+    text = price(loads(items, one * TEXT, 0.0)) - base
+    kv = price(loads(items, one * KV, choice.share)) - base
+    out = []
+    for i, memory in enumerate(left):
+        if taken >= request.max_memories:
+            out.append(_skip(memory, f"max_memories ({request.max_memories}) is reached"))
+            continue
+        ways = [f"{text[i]:.0f} ms as text"] if items.text[i] else []
+        ways += [f"{kv[i]:.0f} ms as KV"] if items.kv[i] else [memory.kv.reason or "no KV record is stored"]
+        spare = max(0.0, (request.budget_ms or 0.0) - forecast.promise_ms)
+        out.append(_skip(memory, f"it would take about {', '.join(ways)}; {spare:.0f} ms are left"))
+    return tuple(out)
+
+
+def _rejected(
+    found: Sequence[tuple[Choice, list[PlanInput], Items]],
+    best: Choice,
+    shares: Sequence[float],
+    ideal: float,
+    budget: float,
+) -> tuple[Option, ...]:
+    """The other shares' best, and those that have none."""
+    names = ("skip", "text", "kv")
+    out = []
+    for share in shares:
+        here = [one for one, _, _ in found if one.share == share]
+        if not here:
+            why = f"nothing with this share fits into {budget:g} ms"
+            out.append(Option(share, (), 0.0, 0.0, why))
+            continue
+        top = max(here, key=lambda one: (one.value, -one.ms))
+        if top is not best:
+            why = "slower, and no better" if top.value >= best.value - EQUAL else "promises less"
+            forms = tuple(names[form] for form in top.forms)
+            out.append(Option(share, forms, top.value / ideal, top.ms, why))
+    return tuple(out)

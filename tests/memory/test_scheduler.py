@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memos_engine.errors import MemoryInputError
-from memos_engine.memory.scheduler import REQUEST_FORMS, KVAvailability, MemScheduler, PlanInput, PlanRequest
+from memos_engine.memory.plan import REQUEST_FORMS, KVAvailability, PlanInput, PlanRequest
+from memos_engine.memory.scheduler import MemScheduler
 
 PLAN = MemScheduler().plan
 HELD = KVAvailability(True, tokens=10, exact_in_slot0=True)

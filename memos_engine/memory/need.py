@@ -1,0 +1,43 @@
+"""From retrieval scores to the probability that the answer needs a memory.
+
+A logistic model of what retrieval knows of a candidate. Its coefficients were fitted on one half of LoCoMo's
+dialogues and checked on the other (`memos-engine bench need`, docs/scheduling.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class NeedModel:
+    """Weights of: a constant, the cosine, the relevance, relevance as a share of the best candidate's, and
+    log2 of the rank (from 1)."""
+
+    constant: float
+    cosine: float
+    relevance: float
+    share: float
+    rank: float
+
+    def __call__(self, scores: Sequence[float], relevances: Sequence[float]) -> npt.NDArray[np.float64]:
+        """Probabilities, one a candidate; candidates are ordered most relevant first."""
+        x = features(scores, relevances)
+        z = x @ np.asarray([self.constant, self.cosine, self.relevance, self.share, self.rank])
+        return np.asarray(1 / (1 + np.exp(-np.clip(z, -30, 30))), np.float64)
+
+
+def features(scores: Sequence[float], relevances: Sequence[float]) -> npt.NDArray[np.float64]:
+    """`[n, 5]`: what NeedModel weighs."""
+    relevance = np.asarray(relevances, np.float64)
+    best = max(float(relevance.max(initial=0)), 1e-9)
+    ranks = np.log2(np.arange(1, len(relevance) + 1, dtype=np.float64))
+    columns = [np.ones(len(relevance)), np.asarray(scores, np.float64), relevance, relevance / best, ranks]
+    return np.stack(columns, axis=1).reshape(len(relevance), 5)
+
+
+DEFAULT_NEED = NeedModel(-3.0, 1.5, 1.0, 2.5, -0.5)

@@ -1,0 +1,183 @@
+"""The knapsack of many candidates: Lagrangian relaxation (Fisher 1981; Kellerer, Pferschy and Pisinger, Knapsack
+Problems, 2004, ch. 11).
+
+With a price on a millisecond, on a token of room and on a place among the memories, every candidate takes the
+form with the largest gain by itself. Each set of prices gives a choice to try, and, costs being nowhere above
+the true ones, a bound that no choice exceeds. All sets of prices are tried at once; the best choice that keeps
+all limits, at its true cost, is filled up one memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from memos_engine.memory.costs import Load, Pricer
+from memos_engine.memory.items import KV, SKIP, TEXT, Choice, Floats, Forms, Items, loads, values
+
+PRICES = np.concatenate([[0.0], np.geomspace(3e-3, 1.0, 15)])  # of a millisecond, in the best gain for one
+ROOMS = np.asarray([0.0, 0.1, 0.3, 1.0])  # of a token, likewise
+FILLS = 2  # memories that are added to the best choice
+
+
+@dataclass(frozen=True)
+class _Limits:
+    price: Pricer
+    budget: float
+    room: int
+    most: int
+
+
+def many(
+    items: Items, shares: Sequence[tuple[float, float]], price: Pricer, budget: float, room: int, most: int
+) -> tuple[list[Choice], float]:
+    """As `knapsack.search`, but the choices are good rather than best, and the bound is above them."""
+    limits = _Limits(price, budget, room, most)
+    share = np.asarray([one for one, _ in shares])
+    quality = np.asarray([one for _, one in shares])
+    start, text_ms, kv_ms = _lines(items, share, limits)
+    open_ = start <= budget
+    if not open_.any():
+        return [], 0.0
+    share, quality, start = share[open_], quality[open_], start[open_]
+    text_ms, kv_ms = text_ms[open_], kv_ms[open_]
+    gains = _Gains(items, quality, text_ms, kv_ms, limits)
+    bounds = gains.bounds(budget - start)
+    forms, which = gains.choices()
+    ok, ms = _fitting(items, forms, share[which], limits)
+    worth = _graded(items, forms, quality[which])
+    out = []
+    for at in range(len(share)):
+        here = np.flatnonzero(ok & (which == at))
+        if not len(here):
+            continue
+        best = here[int(np.argmax(worth[here] - 1e-9 * ms[here]))]
+        out.append((forms[best], float(share[at]), float(quality[at]), float(worth[best]), float(ms[best]), at))
+    bound = float(bounds.max())
+    if not out:
+        return [], bound
+    top = max(range(len(out)), key=lambda i: out[i][3])
+    out[top] = _filled(items, out[top], limits)
+    choices = [Choice(s, tuple(chosen.tolist()), value, took) for chosen, s, _, value, took, _ in out]
+    return choices, max(bound, *(one.value for one in choices))
+
+
+Found = tuple[Forms, float, float, float, float, int]
+
+
+def _lines(items: Items, share: Floats, limits: _Limits) -> tuple[Floats, Floats, Floats]:
+    """Affine lower costs: of a request with its cached text `[s]`, and what each memory adds as text and as KV
+    `[s, n]`."""
+    exact = items.kv * items.exact
+    slack = max(0.5, float(exact.max(initial=0))) if items.cached == 0 else 0.5
+    rows = limits.price.rows_within(limits.budget)
+    cached = float(items.text[: items.cached].sum())
+    zero = np.zeros(6)
+    unit = np.eye(6)
+    load = Load(text=unit[1], kv=unit[2], records=unit[3], disk_records=unit[4], disk_mib=unit[5], cached=zero + cached)
+    lines = limits.price.floor(load, share[:, None], slack, rows)  # [s, 6]
+    base, (text, kv, record, read, mib) = lines[:, 0], (lines[:, 1:] - lines[:, :1]).T
+    kv_ms = kv[:, None] * items.kv + record[:, None] + read[:, None] * items.disk + mib[:, None] * items.mib
+    return base, text[:, None] * items.text, kv_ms
+
+
+class _Gains:
+    """What each memory gains at each set of prices: `[shares, prices, rooms, n]`."""
+
+    def __init__(self, items: Items, quality: Floats, text_ms: Floats, kv_ms: Floats, limits: _Limits) -> None:
+        self.items, self.limits = items, limits
+        n, cached = len(items), items.cached
+        self.places = max(0, limits.most - cached)
+        self.room = limits.room - float(items.text[:cached].sum())
+        none = -np.inf
+        text = np.where(items.text > 0, items.need * items.text_worth, none)
+        kv = np.where(items.kv > 0, items.need * items.kv_worth * quality[:, None], none)
+        text, kv = np.broadcast_to(text, kv.shape).copy(), kv
+        text[:, :cached] = kv[:, :cached] = none
+        best = np.maximum(text / np.maximum(text_ms, 1e-6), kv / np.maximum(kv_ms, 1e-6)).max(1, initial=1e-9)
+        dearest = np.maximum(text, kv).max(1, initial=1e-9) / max(1.0, float(items.text.mean()) if n else 1.0)
+        tight = float(items.text.sum()) > limits.room
+        rooms = ROOMS if tight else ROOMS[:1]
+        self.ms = best[:, None, None] * PRICES[None, :, None]  # the price of a millisecond
+        self.tokens = dearest[:, None, None] * rooms[None, None, :]
+        ms, tokens = self.ms[..., None], self.tokens[..., None]
+        self.text = text[:, None, None] - ms * text_ms[:, None, None] - tokens * items.text
+        self.kv = kv[:, None, None] - ms * kv_ms[:, None, None] - tokens * items.kv
+        self.gain = np.maximum(np.maximum(self.text, self.kv), 0.0)
+        if self.places >= n:
+            self.place: Floats = np.zeros(self.gain.shape[:-1])
+        elif self.places == 0:
+            self.place = np.full(self.gain.shape[:-1], np.inf)
+        else:  # the price of a place: the gain of the first memory that gets none
+            at = n - self.places
+            self.place = np.partition(self.gain, at - 1, axis=-1)[..., at - 1]
+        self.bonus = (1 - quality) * float((items.need * items.kv_worth * items.exact * (items.kv > 0)).max(initial=0))
+        self.fixed = float((items.need * items.text_worth)[:cached].sum())
+
+    def bounds(self, left: Floats) -> Floats:
+        """`[s]`: the least that any set of prices leaves possible with so many milliseconds."""
+        if self.places == 0:
+            return np.full(len(left), self.fixed)
+        net = np.maximum(self.gain - self.place[..., None], 0.0)
+        total = net.sum(-1) + self.place * self.places
+        first, second, twice = self.items.pairs
+        used: set[int] = set()
+        for i, j, less in zip(first.tolist(), second.tolist(), twice.tolist(), strict=True):
+            if i not in used and j not in used:  # of both one alone, or both for less
+                used |= {i, j}
+                total = total - np.minimum(less, np.minimum(net[..., i], net[..., j]))
+        total = total + self.ms * left[:, None, None] + self.tokens * self.room
+        return np.asarray(total.min((1, 2)) + self.bonus + self.fixed, np.float64)
+
+    def choices(self) -> tuple[Forms, npt.NDArray[np.intp]]:
+        """Choices `[p, n]` to try, and the share that each belongs to. Of memories that say the same, the less
+        likely one is tried only where it gains what it has of its own."""
+        items = self.items
+        gain = self.gain
+        if len(items.pairs[0]):
+            said = np.triu(items.overlap, 1).max(0) * items.need
+            gain = np.maximum(gain - said, 0.0)
+        taken = gain > np.minimum(self.place, 1e30)[..., None]
+        forms = np.where(taken, np.where(self.text >= self.kv, TEXT, KV), SKIP).astype(np.int8)
+        count = forms.shape[1] * forms.shape[2]
+        forms = forms.reshape(-1, len(items))
+        forms[:, : items.cached] = TEXT
+        which = np.repeat(np.arange(self.gain.shape[0]), count)
+        empty = np.zeros((self.gain.shape[0], len(items)), np.int8)
+        empty[:, : items.cached] = TEXT
+        return np.concatenate([forms, empty]), np.concatenate([which, np.arange(self.gain.shape[0])])
+
+
+def _fitting(items: Items, forms: Forms, share: Floats | float, limits: _Limits) -> tuple[npt.NDArray[np.bool_], Floats]:
+    load = loads(items, forms, share)
+    ms = limits.price(load)
+    tokens = np.asarray(load.text) + load.kv + load.cached
+    ok = (ms <= limits.budget) & (tokens <= limits.room) & ((forms != SKIP).sum(1) <= limits.most)
+    return ok & ((np.asarray(load.again) > 0) | (np.asarray(share) == 0)), ms
+
+
+def _graded(items: Items, forms: Forms, quality: Floats) -> Floats:
+    """`values` where every choice has a quality of its own."""
+    worst, best = values(items, forms, 0.0), values(items, forms, 1.0)
+    return worst + quality * (best - worst)
+
+
+def _filled(items: Items, found: Found, limits: _Limits) -> Found:
+    """The choice with what still fits: of all single further steps the most valuable, FILLS times."""
+    forms, share, quality, value, ms, at = found
+    n = len(items)
+    free = np.arange(items.cached, n)
+    for _ in range(FILLS):
+        tried = np.repeat(forms[None], 2 * len(free), axis=0)
+        tried[np.arange(len(free)), free] = np.where(items.text[free] > 0, TEXT, forms[free])
+        tried[len(free) + np.arange(len(free)), free] = np.where(items.kv[free] > 0, KV, forms[free])
+        ok, took = _fitting(items, tried, share, limits)
+        worth = np.where(ok, values(items, tried, quality), -np.inf)
+        best = int(np.argmax(worth)) if len(worth) else 0
+        if not len(worth) or worth[best] <= value + 1e-6:
+            break
+        forms, value, ms = tried[best], float(worth[best]), float(took[best])
+    return forms, share, quality, value, ms, at

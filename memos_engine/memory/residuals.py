@@ -1,0 +1,92 @@
+"""What predictions get wrong, learnt from what requests really took.
+
+Medians and quantiles of the newest log(actual / predicted), so that one request that the machine forgot about
+for seconds changes nothing. Times come from the caller; a clock that jumped gives a negative or a huge time,
+and both are left out.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Mapping
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+WINDOW = 64  # newest requests that a stage's factor is the median of
+PROMISES = 256  # newest requests whose totals say how far predictions may be off
+PRIOR = 8  # how many measured requests the calibration's own opinion weighs as much as
+SMALL_MS = 0.05  # below this a time is noise, not a stage
+LIMIT = math.log(8)  # a stage's factor stays within an eighth and eight times the table
+WILD = math.log(1000)
+
+
+class Residuals:
+    """Factors by stage and the spread of the total. Safe for several threads.
+
+    spread: standard deviation of log(actual / predicted) before anything was measured.
+    """
+
+    def __init__(self, spread: float = 0.1) -> None:
+        self.spread = spread
+        self._stages: dict[str, deque[float]] = {}
+        self._totals: deque[float] = deque(maxlen=PROMISES)
+        self._lock = threading.Lock()
+        self._factors: dict[str, float] | None = None
+
+    def __len__(self) -> int:
+        return len(self._totals)
+
+    def observe(self, table: Mapping[str, float], actual: Mapping[str, float]) -> None:
+        """A finished request: what the table alone said of each stage, and what it took, in milliseconds."""
+        with self._lock:
+            for name, ms in table.items():
+                ratio = _log_ratio(actual.get(name, math.nan), ms)
+                if ratio is not None:
+                    self._stages.setdefault(name, deque(maxlen=WINDOW)).append(ratio)
+            self._factors = None
+
+    def promised(self, predicted_ms: float, actual_ms: float) -> None:
+        """A finished request's total, against the prediction that was made for it."""
+        ratio = _log_ratio(actual_ms, predicted_ms)
+        if ratio is not None:
+            with self._lock:
+                self._totals.append(ratio)
+
+    def factors(self) -> dict[str, float]:
+        """By stage: what to multiply the table by. Few measurements move it little."""
+        with self._lock:
+            if self._factors is None:
+                self._factors = {name: _factor(ratios) for name, ratios in self._stages.items()}
+            return self._factors
+
+    def quantile(self, share: float) -> float:
+        """Factor on a predicted total that a `share` of requests stays below: measured, with the calibration's
+        normal distribution counting as PRIOR further requests."""
+        with self._lock:
+            measured = np.sort(np.asarray(self._totals, np.float64))
+        normal = self.spread * _NORMAL
+        values = np.concatenate([measured, normal])
+        weights = np.concatenate([np.ones(len(measured)), np.full(len(normal), PRIOR / len(normal))])
+        order = np.argsort(values)
+        reached = np.cumsum(weights[order]) / weights.sum()
+        return float(math.exp(values[order][int(np.searchsorted(reached, share))]))
+
+
+def _log_ratio(actual: float, predicted: float) -> float | None:
+    if not (math.isfinite(actual) and math.isfinite(predicted)) or min(actual, predicted) < SMALL_MS:
+        return None
+    ratio = math.log(actual / predicted)
+    return ratio if abs(ratio) < WILD else None
+
+
+def _factor(ratios: deque[float]) -> float:
+    trust = len(ratios) / (len(ratios) + 2)
+    return math.exp(max(-LIMIT, min(LIMIT, trust * float(np.median(ratios)))))
+
+
+_NORMAL: npt.NDArray[np.float64] = np.asarray([NormalDist().inv_cdf((i + 0.5) / 64) for i in range(64)])
+"""64 evenly likely values of a standard normal."""
