@@ -25,6 +25,7 @@ from memos_engine.bench.target import open_target
 
 from memos_engine.config import ConfigError, Recompute, SamplingParams
 from memos_engine.errors import MemosEngineError
+from memos_engine.preparing import Ask
 from memos_engine.reply import Reply
 
 REQUESTS = (500, 30)  # with --quick the second; memories, warm-up and generations follow from it
@@ -130,7 +131,7 @@ def generations(bed: Bed, share: float, count: int) -> tuple[list[str], int]:
             question, _ids = bed.next()
             tail = layout.query(question)
             prepared = engine.prepare(
-                caller, question, layout.anchor, tail, form="kv", answer=NEW, recompute=share
+                caller, question, layout.anchor, tail, Ask("kv", recompute=share, answer=NEW)
             )
             again = Recompute(prepared.plan.recompute)
             request = decoder.add_request(prepared.spans, GREEDY, engine.salt(caller), recompute=again)

@@ -42,11 +42,13 @@ Missing = tuple[MemCube, tuple[int, ...], RecordIdentity]
 @dataclass(frozen=True)
 class StoredKV:
     """Which records of a memory exist: identity and file by form. reason: why there is none at all. whole:
-    none is missing."""
+    none is missing. tier: where the record for a later slot waits; nbytes: its size."""
 
     records: dict[str, tuple[RecordIdentity, BlobRef]]
     reason: str = ""
     whole: bool = False
+    tier: str = "disk"
+    nbytes: int = 0
 
     def form_for(self, first: bool) -> str:
         """The better form there is. first: it stands right behind the anchor."""
@@ -142,7 +144,9 @@ class ActivationMemory:
             else:
                 records[form] = (identity, blob)
         if records:
-            return StoredKV(records, whole=len(records) == len(identities))
+            identity, blob = records.get(AVERAGED) or next(iter(records.values()))
+            tier = self.tiers.where(identity.digest())
+            return StoredKV(records, whole=len(records) == len(identities), tier=tier, nbytes=blob.size)
         if self.store.kv_identities(principal, cube.id):
             return StoredKV({}, "its stored KV belongs to another model, dtype, template or wording")
         return StoredKV({}, "no KV stored yet")
@@ -152,17 +156,29 @@ class ActivationMemory:
 
         Raises PayloadError; the record is then audited and dropped, so that it is built afresh.
         """
-        identity, blob = stored.records[form]
-        key = identity.digest()
-        record = self.tiers.get(key)
+        record = self.at_hand(stored, form)
         if record is not None:
             return record
         try:
-            record = decode_record(self.store.vault.read(blob), identity)
+            return self.read(stored, form)
         except PayloadError as error:
-            self.store.drop_kv(key, error.reason)
+            self.refuse(stored, form, error)
             raise
-        return self.tiers.put(key, record)
+
+    def at_hand(self, stored: StoredKV, form: str) -> KVRecord | None:
+        """A record from the tiers; None where only its file is left."""
+        return self.tiers.get(stored.records[form][0].digest())
+
+    def read(self, stored: StoredKV, form: str) -> KVRecord:
+        """A record from the vault, verified, and in the tiers from now on. Touches no database, so that any
+        thread may wait for it. Raises PayloadError."""
+        identity, blob = stored.records[form]
+        record = decode_record(self.store.vault.read(blob), identity)
+        return self.tiers.put(identity.digest(), record)
+
+    def refuse(self, stored: StoredKV, form: str, error: PayloadError) -> None:
+        """Drops a record that proved damaged: audited, and built afresh when it is wanted again."""
+        self.store.drop_kv(stored.records[form][0].digest(), error.reason)
 
     # -- building --------------------------------------------------------------------------------
 

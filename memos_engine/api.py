@@ -11,30 +11,25 @@ from typing import Any
 
 import torch
 
-from memos_engine.activation import ActivationMemory, StoredKV
+from memos_engine.activation import ActivationMemory
 from memos_engine.canary import Canary
 from memos_engine.chats import Chat, Chats
 from memos_engine.config import SYSTEM_PROMPT, DecoderConfig, MemoryConfig, Recompute, SamplingParams
 from memos_engine.decoder.engine import DecoderEngine, StepOutput
 from memos_engine.decoder.live import LiveWeights
-from memos_engine.decoder.sequence import KVSpan, Span, Stats, TextSpan
+from memos_engine.decoder.sequence import Stats, TextSpan
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.decoder.weights import Weights
 from memos_engine.errors import (
-    ContextLengthError,
-    MemoryNotFoundError,
     MemosEngineError,
-    OutOfPagesError,
     StoreError,
 )
 from memos_engine.memory.embed import Embedder, default_embedder
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import Candidate, MemOperator
-from memos_engine.memory.plan import Plan, PlanInput, PlanRequest
-from memos_engine.memory.scheduler import MemScheduler
 from memos_engine.memory.store import MemoryStore
 from memos_engine.models import resolve
-from memos_engine.planning import plan_input, plan_with_records
+from memos_engine.preparing import Ask, Preparer
 from memos_engine.prompt import PromptLayout, eos_ids, load_tokenizer
 from memos_engine.reply import Prepared
 from memos_engine.user import UserMemory
@@ -61,7 +56,6 @@ class MemoryEngine:
         self.layout = PromptLayout(tokenizer, system_prompt)
         self.store = store
         self.config = memory or MemoryConfig()
-        self.scheduler = MemScheduler()
         self.eos_token_ids = tuple(eos_token_ids)
         self.activation: ActivationMemory | None = None
         self.live: LiveWeights | None = None
@@ -70,6 +64,7 @@ class MemoryEngine:
         self._operator: MemOperator | None = None
         if store is not None:
             self.activation = ActivationMemory(decoder, self.layout, store, self.config)
+        self.preparer = Preparer(decoder, self.layout, self.activation, self.config)
         self.canary = Canary(decoder, self.config.canary, self.config.canary_kl)
 
     @classmethod
@@ -205,96 +200,24 @@ class MemoryEngine:
         query: str,
         head: tuple[int, ...],
         tail: tuple[int, ...],
-        *,
-        form: str | None = None,
-        max_memories: int | None = None,
-        answer: int = 1,
+        ask: Ask = Ask(),  # noqa: B008 - frozen
         chat: Chat | None = None,
-        recompute: float | None = None,
+        start: float | None = None,
     ) -> Prepared:
         """Retrieves, plans and lays out: head | memories | tail.
 
-        head: ids in front of the memories (the anchor, perhaps history); tail: ids behind them; answer:
-        tokens the caller may want, for which memories leave room (up to a quarter of the window). chat: the
-        conversation that all this goes behind; memories that it holds already are not put in again.
-        recompute: share of the memories' tokens to compute again (default: the configuration's).
+        head: ids in front of the memories (the anchor, perhaps history); tail: ids behind them. chat: the
+        conversation that all this goes behind; memories that it holds already are not put in again. start:
+        when the call began, by `time.perf_counter` (default: now).
         """
-        start = time.perf_counter()
+        start = time.perf_counter() if start is None else start
         self.refresh()
-        form = form or self.config.form
-        limit = self.config.max_memories if max_memories is None else max_memories
-        behind = chat.pages.tokens if chat is not None else 0
-        candidates: list[Candidate] = []
-        if self.store is not None and form != "none" and limit > 0:
-            candidates = self.operator.recall(principal, query, k=limit)
-        retrieved = time.perf_counter()
-        exact = head == self.layout.anchor and not behind
-        stored: dict[str, StoredKV] = {}
-        inputs: list[PlanInput] = []
-        texts: dict[str, tuple[int, ...]] = {}
-        for candidate in candidates:
-            cube = candidate.cube
-            if chat is not None and cube.id in chat.cube_ids:
-                continue
-            texts[cube.id] = self.layout.memory(cube.body or "")
-            found = StoredKV({}, "no KV was looked for")
-            try:
-                if (
-                    form != "text"
-                    and candidate.score >= self.config.min_score
-                    and self.activation is not None
-                ):
-                    found = self.activation.find(principal, cube, texts[cube.id])
-            except MemoryNotFoundError:  # deleted since it was found
-                continue
-            stored[cube.id] = found
-            inputs.append(plan_input(candidate, len(texts[cube.id]), found, exact))
-        fits = min(self.decoder.spec.max_positions, self.decoder.pool_tokens) - 1
-        window = fits - len(head) - len(tail) - behind
-        if window < 0:
-            raise ContextLengthError(
-                f"The prompt has {len(head) + len(tail) + behind} tokens without any memory, more than the "
-                f"{fits} that fit. Shorten it, begin another session, or open the engine with a larger "
-                "pool_tokens."
-            )
-        window = max(0, window - min(answer, fits // 4))
-        request = PlanRequest(
-            form=form,
-            max_memory_tokens=window,
-            max_memories=limit,
-            min_score=self.config.min_score,
-            recompute=self.config.recompute if recompute is None else recompute,
-        )
-        plan, records, fetch_ms = plan_with_records(self.scheduler, self.activation, inputs, request, stored)
-        spans: list[Span] = [TextSpan(head)] if behind and head else [] if behind else self._head(head, plan)
-        for segment in plan.segments:
-            cube_id = segment.cube_id
-            spans.append(KVSpan(records[cube_id]) if segment.form == "kv" else TextSpan(texts[cube_id]))
-        spans.append(TextSpan(tail))
-        planned = time.perf_counter()
-        timings = {
-            "retrieve": (retrieved - start) * 1e3,
-            "fetch": fetch_ms,
-            "plan": (planned - retrieved) * 1e3 - fetch_ms,
-        }
-        cubes = {c.cube.id: c.cube for c in candidates}
-        lacking = [cubes[s.cube_id] for s in plan.segments if not stored[s.cube_id].whole]
-        return Prepared(spans, plan, principal, lacking, timings, whole=not behind)
 
-    def _head(self, head: tuple[int, ...], plan: Plan) -> list[Span]:
-        """What stands before the memories; the anchor comes from its own record where KV follows."""
-        anchor = self.layout.anchor
-        spans: list[Span] = []
-        spliced = any(segment.form == "kv" for segment in plan.segments)
-        if self.activation is not None and spliced and anchor and head[: len(anchor)] == anchor:
-            try:
-                spans.append(self.activation.anchor())
-                head = head[len(anchor) :]
-            except OutOfPagesError:
-                log.debug("no free pages to encode the anchor in; it is computed with the prompt")
-        if head:
-            spans.append(TextSpan(head))
-        return spans
+        def recall(k: int) -> list[Candidate]:
+            return self.operator.recall(principal, query, k=k)
+
+        found = None if self.store is None else recall
+        return self.preparer.prepare(principal, found, head, tail, ask, chat, start)
 
     def salt(self, principal: Principal) -> bytes:
         """What keeps this principal's pages apart from all others'."""
@@ -310,9 +233,9 @@ class MemoryEngine:
         """Decodes a prepared request. Returns the answer's ids without a stop token, what it cost, and the
         finish reason (stop or length)."""
         session = None if chat is None else chat.pages
-        again = Recompute(prepared.plan.recompute)
+        again, by = self.preparer.recompute(prepared), self.preparer.start_by(prepared)
         salt = self.salt(prepared.principal)
-        for out in self.decoder.generate(prepared.spans, params, salt, session, recompute=again):
+        for out in self.decoder.generate(prepared.spans, params, salt, session, recompute=again, start_by=by):
             seq = out.sequence
             if on_token is not None:
                 on_token(out)

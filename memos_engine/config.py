@@ -132,7 +132,9 @@ class MemoryConfig:
     """How memories enter a request.
 
     form: auto (stored KV where there is a usable record, else text), kv, text or none. recompute: share of
-    their tokens to compute again, from 0 (fastest) to 1 (full prefill; docs/splicing.md). max_memories: most
+    their tokens to compute again, from 0 (fastest) to 1 (full prefill; docs/splicing.md); None: as much as
+    the plan finds right. quality_tolerance: share of quality that a request without a budget gives for speed.
+    ttft_budget_ms: time until the first token (docs/scheduling.md); None: the best answer. max_memories: most
     memories of one request. min_score: cosine below which a memory is left out. build: make missing KV
     records after the reply, off the request's path. kv_dtype: how KV is stored, in the model's dtype (auto)
     or as int8, at about half the bytes of bfloat16. contexts: what stands to the left of a memory while its
@@ -143,7 +145,9 @@ class MemoryConfig:
     """
 
     form: str = "auto"
-    recompute: float = 0.0
+    recompute: float | None = None
+    quality_tolerance: float = 0.03
+    ttft_budget_ms: float | None = None
     max_memories: int = 4
     min_score: float = 0.15
     build: bool = True
@@ -156,7 +160,11 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         _require(self.form in FORMS, f"form={self.form!r}: use one of {', '.join(FORMS)}.")
-        _require(0 <= self.recompute <= 1, f"recompute={self.recompute}: must be between 0 and 1.")
+        share, budget = self.recompute, self.ttft_budget_ms
+        _require(share is None or 0 <= share <= 1, f"recompute={share}: must be between 0 and 1, or None.")
+        _require(0 <= self.quality_tolerance <= 1, "quality_tolerance: a share, between 0 and 1.")
+        good = budget is None or (math.isfinite(budget) and budget > 0)
+        _require(good, f"ttft_budget_ms={budget}: milliseconds, more than 0, or None for the best answer.")
         _require(self.max_memories >= 0, "max_memories: must not be negative.")
         _require(-1 <= self.min_score <= 1, "min_score: a cosine, so between -1 and 1.")
         _require(

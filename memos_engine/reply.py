@@ -11,13 +11,15 @@ from memos_engine.decoder.sequence import Span, Stats
 from memos_engine.memory.cube import MemCube
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.plan import Plan
+from memos_engine.outlook import Surroundings
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A request ready for the decoder: its spans, the plan behind them, and what preparing cost. lacking:
     memories of the plan that lack a record. whole: the spans are the whole prompt, no conversation stands
-    before them."""
+    before them. start: when the call began, on the clock of `time.perf_counter`. around: what the plan was
+    made for."""
 
     spans: list[Span]
     plan: Plan
@@ -25,6 +27,8 @@ class Prepared:
     lacking: list[MemCube]
     timings: dict[str, float]
     whole: bool = True
+    start: float = 0.0
+    around: Surroundings | None = None
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Reply:
     """An answer and how it came about.
 
     ttft_ms: from the call to the first token, retrieval included. timings: milliseconds by stage (retrieve,
-    fetch, plan, splice, prefill). plan: every candidate memory, the form chosen and why.
+    fetch, plan, splice, prefill). plan: every candidate memory, the form chosen and why, the time foreseen
+    and taken (`plan.report()`).
     """
 
     text: str

@@ -15,6 +15,7 @@ from memos_engine.memory.filters import Filters
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import Candidate
 from memos_engine.memory.store import HistoryEntry
+from memos_engine.preparing import Ask
 from memos_engine.reply import Reply, TextStream
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ class UserMemory:
         form: str | None = None,
         max_memories: int | None = None,
         recompute: float | None = None,
+        ttft_budget_ms: float | None = None,
         history: Sequence[tuple[str, str]] = (),
         session: str | None = None,
         stream: Callable[[str], None] | None = None,
@@ -130,7 +132,9 @@ class UserMemory:
         """Answers from the user's memories.
 
         form: auto, text, kv or none (default: the engine's). recompute: share of the memories' tokens that
-        are computed again although their KV is stored, 0 to 1 (default: the engine's). history: earlier
+        are computed again although their KV is stored, 0 to 1 (default: the engine's). ttft_budget_ms: time
+        from this call to the first token, for which the plan gives up what it must (default: the engine's;
+        None: the best answer); `reply.plan` says what it foresaw and what it took. history: earlier
         (question, answer) turns. session: the name of a conversation to go on with (or to begin): its turns,
         and the memories that they brought in, stay where they are, and their pages are reused while there is
         room. One call at a time per session. stream: called with each new piece of the answer.
@@ -157,24 +161,23 @@ class UserMemory:
             text,
             head,
             engine.layout.query(text),
-            chat=chat,
-            form=form,
-            max_memories=max_memories,
-            recompute=recompute,
-            answer=params.max_new_tokens,
+            Ask(form, max_memories, recompute, ttft_budget_ms, params.max_new_tokens, session),
+            chat,
+            start,
         )
         preparation_ms = (time.perf_counter() - start) * 1e3
         writer = None if stream is None else TextStream(engine.tokenizer, params.stop_token_ids, stream)
         ids, stats, reason = engine.run(prepared, params, writer, chat)
         if writer is not None:
             writer.close()
+        ttft_ms = preparation_ms + stats.ttft_ms
         reply = Reply(
             text=engine.tokenizer.decode(ids, skip_special_tokens=True).strip(),
             token_ids=tuple(ids),
             finish_reason=reason,
-            ttft_ms=preparation_ms + stats.ttft_ms,
+            ttft_ms=ttft_ms,
             total_ms=(time.perf_counter() - start) * 1e3,
-            plan=prepared.plan,
+            plan=engine.preparer.account(prepared, stats, ttft_ms),
             stats=stats,
             timings={**prepared.timings, "splice": stats.splice_ms, "prefill": stats.prefill_ms},
         )
@@ -191,4 +194,5 @@ class UserMemory:
         self.engine.chats.end(self.principal)
         if self.engine.activation is not None:
             self.engine.activation.evict()
+        self.engine.preparer.forget()
         self.engine.decoder.forget_prefixes()

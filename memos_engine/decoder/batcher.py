@@ -1,8 +1,9 @@
 """Continuous batching: which requests run, and which of their rows come next. Integers only.
 
-Requests are admitted in order of arrival while pages last. Every step takes one row of each request that
-decodes and a bounded number of prompt rows; where pages run out the youngest request gives up its own and
-is replayed later.
+Requests are admitted while pages last, the one first that has to start soonest: in order of arrival where
+none has a deadline, and whoever waits long enough comes before those with more time. Every step takes one row
+of each request that decodes and a bounded number of prompt rows; where pages run out the youngest request
+gives up its own and is replayed later.
 """
 
 from __future__ import annotations
@@ -49,7 +50,12 @@ class Batcher:
     def add(self, seq: Sequence) -> None:
         """Queues a request; refuses at once what can never run."""
         self.check(seq)
-        self.waiting.append(seq)
+        place = len(self.waiting)
+        while (
+            place and not self.waiting[place - 1].replayed and self.waiting[place - 1].start_by > seq.start_by
+        ):
+            place -= 1
+        self.waiting.insert(place, seq)
 
     def check(self, seq: Sequence) -> None:
         """Raises ContextLengthError or OutOfPagesError for a prompt that no empty pool could take."""
@@ -192,6 +198,14 @@ class Batcher:
         extend_keys(seq.keys, seq.root, seq.tokens[: seq.exact_tokens], self.pool.page)
         seq.blocks = self.pool.match(seq.keys)  # held by the request: drop() returns them
         return len(seq.blocks) * self.pool.page
+
+    def reusable(self, token_ids: Iterable[int], root: bytes) -> int:
+        """Leading tokens of an exact prompt whose pages are in the index; nothing is held."""
+        keys: list[bytes] = []
+        extend_keys(keys, root, list(token_ids), self.pool.page)
+        found = self.pool.match(keys)
+        self.pool.release(found)
+        return len(found) * self.pool.page
 
     def _release(self, seq: Sequence) -> None:
         blocks, seq.blocks = seq.blocks, []

@@ -83,6 +83,7 @@ class DecoderEngine:
         session: Session | None = None,
         on_output: Callable[[StepOutput], None] | None = None,
         recompute: Recompute = NOTHING,
+        start_by: float | None = None,
     ) -> Sequence:
         """Queues a request.
 
@@ -90,7 +91,8 @@ class DecoderEngine:
         request then stops at each `logits` until `feed`, and ends by `finish`. session: goes on behind the
         conversation so far; its root counts. on_output: called with each StepOutput, by whichever thread
         steps. recompute: the part of the spliced memories to compute again; earlier requests of a session
-        keep what they chose.
+        keep what they chose. start_by: on the clock of `time.perf_counter`, when it must be admitted for its
+        first token to come in time; who has to start sooner goes first.
 
         Raises ContextLengthError or OutOfPagesError for a prompt that can never run, MemoryInputError for ids
         outside the vocabulary, an empty prompt, or a session that is busy or closed.
@@ -112,6 +114,7 @@ class DecoderEngine:
                 session=session,
                 on_output=on_output,
                 recompute=recompute,
+                start_by=start_by,
             )
             sampler = Sampler(seq.params, self.runner.device)
             self.batcher.add(seq)
@@ -138,12 +141,13 @@ class DecoderEngine:
         root: bytes = b"",
         session: Session | None = None,
         recompute: Recompute = NOTHING,
+        start_by: float | None = None,
     ) -> Iterator[StepOutput]:
         """Streams one request's tokens. Closing the iterator early frees its pages.
 
         Several threads may do so at once: whoever steps, everybody reads their own request.
         """
-        seq = self.add_request(spans, params, root, session=session, recompute=recompute)
+        seq = self.add_request(spans, params, root, session=session, recompute=recompute, start_by=start_by)
         seen = 0
         try:
             while seq.finish_reason is None or seen < len(seq.output):
@@ -190,6 +194,19 @@ class DecoderEngine:
             self._samplers.pop(seq.id, None)
             self.runner.settle()  # its pages may be somebody else's next
             self.batcher.drop(seq)
+
+    # -- what a plan wants to know ---------------------------------------------------------------
+
+    def ahead(self) -> list[int]:
+        """Prompt rows that each request before a new one still has to compute."""
+        with self._lock:
+            waiting = [s.prompt_len - s.kv_tokens for s in self.batcher.waiting]
+            return waiting + [len(s.pending) for s in self.batcher.running if len(s.pending) > 1]
+
+    def reusable(self, token_ids: Seq[int], root: bytes = b"") -> int:
+        """Leading tokens of an exact prompt that are in pages already."""
+        with self._lock:
+            return self.batcher.reusable(token_ids, root)
 
     # -- sessions --------------------------------------------------------------------------------
 
@@ -260,6 +277,7 @@ class DecoderEngine:
                 self.runner.copy_pages(admitted.copies)
                 self.runner.splice(first, admitted.splices)
                 self.batcher.spliced(admitted)
+                first.stats.queue_ms = first.stats.queue_ms or (start - first.stats.created) * 1e3
                 first.stats.splice_ms += (time.perf_counter() - start) * 1e3
             except Exception as error:
                 failed.append(self._fail(first, error))

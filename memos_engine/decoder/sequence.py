@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _ids = itertools.count(1)
 NO_TOKEN = -1
 NOTHING = Recompute()
+PATIENCE_S = 2.0  # a request without a deadline waits as if it had to start this long after it came
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,16 @@ class Splice:
 class Stats:
     """What a request cost, in milliseconds on the wall clock; tokens by how they got there.
 
-    prefill_ms: the forwards up to the first token (shared with whatever else ran in them); probe_ms: how much
-    of that went before the tokens to compute again were known. computed_tokens counts recomputed_tokens too,
-    memory tokens from a record that were computed again. spliced_tokens were written for this request,
-    shared_tokens found in pages that were spliced before. preemptions: how often its pages were taken and its
-    plan replayed; the token counts are those of the last admission.
+    queue_ms: before it was admitted. prefill_ms: the forwards up to the first token (shared with whatever
+    else ran in them); probe_ms: how much of that went before the tokens to compute again were known.
+    computed_tokens counts recomputed_tokens too, memory tokens from a record that were computed again.
+    spliced_tokens were written for this request, shared_tokens found in pages that were spliced before.
+    preemptions: how often its pages were taken and its plan replayed; the token counts are those of the last
+    admission.
     """
 
     created: float = field(default_factory=time.perf_counter)
+    queue_ms: float = 0.0
     splice_ms: float = 0.0
     probe_ms: float = 0.0
     prefill_ms: float = 0.0
@@ -111,7 +114,8 @@ class Sequence:
     empty while the request waits for a token. exact: leading prompt tokens whose K and V equal those of a
     full prefill; the prefix index may hold only pages made of them. in_place: leading tokens whose records
     were encoded behind just the tokens that stand there now; they are not worth computing again. probe:
-    present until the first pass is over. selected: positions of spliced tokens to compute again, None until
+    present until the first pass is over. start_by: when it should be admitted at the latest, on the clock of
+    `time.perf_counter`. selected: positions of spliced tokens to compute again, None until
     a first pass has found them; kept: those of the session's earlier requests. page_keys: of the pages of
     spliced rows alone, by page number; None until they were needed.
     """
@@ -126,6 +130,7 @@ class Sequence:
         session: Session | None = None,
         on_output: Callable[[StepOutput], None] | None = None,
         recompute: Recompute = NOTHING,
+        start_by: float | None = None,
     ) -> None:
         if not spans or not isinstance(spans[-1], TextSpan) or not spans[-1].token_ids:
             raise MemoryInputError("A prompt must end in at least one token of text.")
@@ -156,12 +161,22 @@ class Sequence:
         self.finish_reason: str | None = None  # stop, length, error or abort
         self.error: BaseException | None = None
         self.stats = Stats()
+        self.start_by = self.stats.created + PATIENCE_S if start_by is None else start_by
         if 0 < recompute.share < 1:
             self._select()
 
     @property
     def output(self) -> list[int]:
         return self.tokens[self.prompt_len :]
+
+    @property
+    def kv_tokens(self) -> int:
+        return sum(len(span.token_ids) for span in self.spans if isinstance(span, KVSpan))
+
+    @property
+    def replayed(self) -> bool:
+        """Whether its pages were taken: it was admitted before those that wait, and stays before them."""
+        return self.stats.preemptions > 0
 
     @property
     def fully_exact(self) -> bool:

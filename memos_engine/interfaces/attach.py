@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ def attach(
     Parameters are shared, nothing is copied. The new `generate()` takes all arguments of the model's own and
     gives the same results; where it cannot run a call, the model's own runs it. Further arguments: user and
     memory_query (a string, or one for each prompt of the batch; by default the prompt's text is the query),
-    memory_form (auto, kv, text, none), recompute (share of spliced memory tokens to compute again). What it
-    returns, and what processors, criteria and streamers see, holds no memory ids. Returns the same model;
-    `detach` undoes it.
+    memory_form (auto, kv, text, none), recompute (share of spliced memory tokens to compute again),
+    ttft_budget_ms (time from the call to the first token; docs/scheduling.md). What it returns, and what
+    processors, criteria and streamers see, holds no memory ids. Returns the same model; `detach` undoes it.
 
     Raises StoreError where the directory cannot be used.
     """
@@ -113,6 +114,8 @@ class Attached:
             arguments.pop("memory_query", None),
             arguments.pop("memory_form", None),
             arguments.pop("recompute", None),
+            arguments.pop("ttft_budget_ms", None),
+            time.perf_counter(),
         )
         if positional:
             names = list(inspect.signature(self.original).parameters)[2:]

@@ -153,7 +153,7 @@ class Call:
         with Lockstep(engine.decoder, prompts, work.copies, work.new) as batch:
             result = batch.generate(work, self.streamer, cache)
         if self.memories is not None:
-            self.memories.after(prompts)
+            self.memories.after(prompts, batch.sequences)
         return result
 
 

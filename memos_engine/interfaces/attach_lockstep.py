@@ -138,7 +138,12 @@ class Lockstep:
 
     def _add(self, prompt: Prompt) -> Sequence:
         return self.engine.add_request(
-            prompt.spans, self.params, prompt.root, sampled=False, recompute=prompt.recompute
+            prompt.spans,
+            self.params,
+            prompt.root,
+            sampled=False,
+            recompute=prompt.recompute,
+            start_by=prompt.start_by,
         )
 
 

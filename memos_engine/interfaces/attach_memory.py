@@ -9,12 +9,15 @@ from typing import Any
 
 from memos_engine.api import MemoryEngine
 from memos_engine.config import MemoryConfig, Recompute
-from memos_engine.decoder.sequence import Span, TextSpan
+from memos_engine.decoder.sequence import NOTHING, Span, TextSpan
+from memos_engine.decoder.sequence import Sequence as Request
 from memos_engine.errors import ContextLengthError, MemoryInputError, MemosEngineError
 from memos_engine.memory.embed import Embedder, default_embedder
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import MemOperator
+from memos_engine.memory.plan import check_budget
 from memos_engine.memory.store import MemoryStore
+from memos_engine.preparing import Ask
 from memos_engine.prompt import PromptLayout
 from memos_engine.reply import Prepared
 
@@ -27,8 +30,8 @@ Ids = tuple[int, ...]
 class Prompt:
     """One row: the caller's ids, and the spans that run in their place, memories included.
 
-    root: salts the prefix index. prepared: the plan, where the engine made it. used: memories entered as
-    text without it.
+    root: salts the prefix index. prepared: the plan, where the engine made it; recompute, start_by: what it
+    asks of the decoder. used: memories entered as text without it.
     """
 
     ids: Ids
@@ -37,6 +40,8 @@ class Prompt:
     prepared: Prepared | None = None
     principal: Principal | None = None
     used: list[str] = field(default_factory=list)
+    recompute: Recompute = NOTHING
+    start_by: float | None = None
 
     @classmethod
     def plain(cls, ids: Ids, root: bytes = b"") -> Prompt:
@@ -46,10 +51,6 @@ class Prompt:
     def is_plain(self) -> bool:
         """Whether it is the caller's own, to the token."""
         return self.size == len(self.ids)
-
-    @property
-    def recompute(self) -> Recompute:
-        return Recompute(0.0 if self.prepared is None else self.prepared.plan.recompute)
 
     @property
     def size(self) -> int:
@@ -62,13 +63,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Wish:
-    """What one call asks for: users and queries (one, or one a row), the form of its memories, and the share
-    of their tokens to compute again."""
+    """What one call asks for: users and queries (one, or one a row), the form of its memories, the share of
+    their tokens to compute again, and the time until its first token, counted from `start`."""
 
     user: Any = None
     query: Any = None
     form: str | None = None
     recompute: float | None = None
+    ttft_budget_ms: float | None = None
+    start: float | None = None
 
 
 class Memories:
@@ -122,9 +125,8 @@ class Memories:
                 self._query(query, tail),
                 head,
                 tail,
-                form=wish.form,
-                recompute=wish.recompute,
-                answer=new,
+                Ask(wish.form, None, wish.recompute, wish.ttft_budget_ms, new),
+                start=wish.start,
             )
         except (MemoryInputError, ContextLengthError) as error:
             if query is not None:
@@ -133,7 +135,8 @@ class Memories:
             return Prompt.plain(ids, salt)
         if not prepared.plan.segments:
             return Prompt.plain(ids, salt)
-        prompt = Prompt(ids, prepared.spans, salt, prepared, who)
+        again, by = engine.preparer.recompute(prepared), engine.preparer.start_by(prepared)
+        prompt = Prompt(ids, prepared.spans, salt, prepared, who, recompute=again, start_by=by)
         longest = engine.decoder.spec.max_positions
         if prompt.size + new > longest:
             log.warning(
@@ -145,6 +148,9 @@ class Memories:
     def as_text(self, ids: Ids, who: Principal, query: str | None, wish: Wish, *, room: int) -> Prompt:
         """The row with its memories as text, whatever form was asked for, in at most `room` more tokens."""
         head, tail = self._cut(ids)
+        check_budget(wish.ttft_budget_ms)
+        if wish.ttft_budget_ms is not None:
+            log.warning("memos_engine: ttft_budget_ms is kept only where this decoder runs the call.")
         try:
             found = self.operator.recall(who, self._query(query, tail), k=self.config.max_memories)
         except MemoryInputError as error:
@@ -164,8 +170,16 @@ class Memories:
             return Prompt.plain(ids)
         return Prompt(ids, [*spans, TextSpan(tail)], principal=who, used=used)
 
-    def after(self, prompts: Sequence[Prompt]) -> None:
-        """Off the answer's path: records use, builds missing KV."""
+    def after(self, prompts: Sequence[Prompt], requests: Sequence[Request] = ()) -> None:
+        """Off the answer's path: learns from the times of the `requests` that they became, records use,
+        builds missing KV."""
+        for prompt, request in zip(prompts, requests, strict=False):
+            if prompt.prepared is not None and self.engine is not None and len(prompts) == 1:
+                stats, start = request.stats, prompt.prepared.start
+                plan = self.engine.preparer.account(
+                    prompt.prepared, stats, (stats.created - start) * 1e3 + stats.ttft_ms
+                )
+                log.debug("memos_engine: %s", plan.report())
         for prompt in prompts:
             if prompt.prepared is not None and self.engine is not None:
                 self.engine.after_reply(prompt.prepared)

@@ -164,9 +164,18 @@ def chat(
     dtype: DtypeOption = "auto",
     form: Annotated[str, typer.Option(help="How memories enter: auto, kv, text or none.")] = "auto",
     recompute: Annotated[
-        float,
-        typer.Option(help="Share of stored memories computed again: 0 fastest, 1 full.", min=0, max=1),
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="Share of stored memories computed again: 0 fastest, 1 full (default: the plan's).",
+            min=0,
+            max=1,
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Milliseconds until the first token (default: the best answer).", min=0.001),
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show what was planned, and why.")] = False,
     memories: Annotated[int, typer.Option(help="Most memories of one request.", min=0)] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
@@ -183,7 +192,7 @@ def chat(
     from memos_engine.config import SamplingParams
 
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    chosen = {"form": form, "recompute": recompute, "max_memories": memories}
+    chosen = {"form": form, "recompute": recompute, "max_memories": memories, "ttft_budget_ms": budget}
     decoder = {"dtype": dtype, "page_dtype": page_dtype, "int8_decode": int8}
     with _engine(model, store, decoder, **chosen) as engine:
         with notes.status("getting ready"):

@@ -1,8 +1,8 @@
 """What a request takes until its first token: a small model of each stage, per machine and model.
 
 `TTFT = queue + retrieve + plan + fetch + splice + adapter swap + probe + forward`. A table holds what a probe
-of a few seconds measured (`memos-engine doctor --calibrate`); predictions are numpy expressions of how much of
-everything a plan has, so that thousands of plans are priced at once. Pure: no clock, no files.
+of a few seconds measured (`memos-engine doctor --calibrate`); predictions are numpy expressions of how much
+of everything a plan has, so that thousands of plans are priced at once. Pure: no clock, no files.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -105,8 +106,9 @@ def default_table(parameters: int = 135_000_000, layers: int = 30, threads: int 
     row = 2 * 2 * parameters / (1e11 * max(1, threads)) * 1e3
     forward = tuple((rows, read + rows * row) for rows in (1, 64, 1024))
     return CostTable(
-        "none", forward, pairs_ms=layers * 2.0, splice=(2.0, 0.5, 5.0), fetch=(1.0, 4.0), probe_ms=layers * 4.0,
-        select_ms=3.0, retrieve_ms=15.0, plan_ms=4.0, swap_ms=4.0, spread=0.3, calibrated=False,
+        "none", forward, pairs_ms=layers * 2.0, splice=(2.0, 0.5, 5.0), fetch=(1.0, 4.0),
+        probe_ms=layers * 4.0, select_ms=3.0, retrieve_ms=15.0, plan_ms=4.0, swap_ms=4.0, spread=0.3,
+        calibrated=False,
     )  # fmt: skip
 
 
@@ -114,13 +116,15 @@ def default_table(parameters: int = 135_000_000, layers: int = 30, threads: int 
 class Frame:
     """What stands around the memories of a request, in tokens, and what has been spent already, in ms.
 
-    head: in front of the memories; head_rows: how many of these are computed (the others are in pages).
+    head: in front of the memories; head_rows: how many of these are computed (the others are in pages),
+    head_rows_kv: the same where KV follows, and the anchor comes from its record.
     tail: behind them, always computed. behind: of a conversation before all this. queue_ms: until the
     request's first forward begins, of others' work. spent_ms: since the call, before planning.
     """
 
     head: int = 0
     head_rows: int = 0
+    head_rows_kv: int = 0
     tail: int = 1
     behind: int = 0
     queue_ms: float = 0.0
@@ -153,8 +157,9 @@ def stages(table: CostTable, frame: Frame, load: Load) -> dict[str, npt.NDArray[
     memory = text + kv + load.cached
     before = float(frame.behind + frame.head)
     context = before + memory
-    rows = frame.head_rows + text + frame.tail
-    pairs = frame.head_rows * (frame.behind + frame.head_rows / 2) + text * (before + memory / 2)
+    head_rows = np.where(kv > 0, frame.head_rows_kv, frame.head_rows)
+    rows = head_rows + text + frame.tail
+    pairs = head_rows * (frame.behind + head_rows / 2) + text * (before + memory / 2)
     pairs = pairs + frame.tail * (context + frame.tail / 2)
     once = table.rows_ms(rows) + table.attention_ms(pairs)
     # Text in front of the first chosen token is not computed twice; which that is, nobody knows yet: half.
@@ -165,15 +170,13 @@ def stages(table: CostTable, frame: Frame, load: Load) -> dict[str, npt.NDArray[
     probing = once + table.select_ms + frame.tail * kv * (table.probe_ms / 1e6)
     two = again > 0
     base, each, thousand = table.splice
-    spliced = (kv > 0) | (frame.head > frame.head_rows)
+    spliced = np.where(kv > 0, kv + (frame.head_rows - frame.head_rows_kv), 0.0)
     return {
         "queue": np.full(context.shape, frame.queue_ms),
         "fetch": load.disk_records * table.fetch[0]
         + load.disk_mib * np.float64(table.fetch[1])
         + load.swap_mib * np.float64(table.swap_ms),
-        "splice": np.where(
-            spliced, base + each * load.records + (kv + frame.head - frame.head_rows) * (thousand / 1e3), 0.0
-        ),
+        "splice": np.where(kv > 0, base + each * load.records + spliced * (thousand / 1e3), 0.0),
         "probe": np.where(two, probing, 0.0),
         "forward": np.where(two, second, once),
     }
@@ -206,18 +209,19 @@ class Pricer:
         return float(np.interp(budget, self(Load(text=known)), known))
 
     def floor(self, load: Load, share: Number, slack: float, rows: float) -> npt.NDArray[np.float64]:
-        """An affine function of the load that is nowhere above the price, tightest where about `rows` rows are
-        computed. share, slack: at least `share * kv - slack` tokens are computed again; share may be an array
-        that goes with the load's."""
+        """An affine function of the load that is nowhere above the price, tightest where about `rows` rows
+        are computed. share, slack: at least `share * kv - slack` tokens are computed again; share may be an
+        array that goes with the load's."""
         table, frame = self.table, self.frame
         far = 8 * table.forward[-1][0]
         slope, fixed = envelope([*table.forward, (far, float(table.rows_ms(float(far))))], rows)
         text, kv = np.asarray(load.text, np.float64), np.asarray(load.kv, np.float64)
         before = float(frame.behind + frame.head)
         whole = before + text + kv + load.cached
-        pairs = frame.head_rows * (frame.behind + frame.head_rows / 2) + text * before
+        head_rows = min(frame.head_rows, frame.head_rows_kv)
+        pairs = head_rows * (frame.behind + head_rows / 2) + text * before
         pairs = pairs + frame.tail * (whole + frame.tail / 2)
-        once = fixed + slope * (frame.head_rows + text + frame.tail) + pairs * (table.pairs_ms / 1e6)
+        once = fixed + slope * (head_rows + text + frame.tail) + pairs * (table.pairs_ms / 1e6)
         again = np.asarray(share, np.float64) * kv - slack + text / 2
         more = fixed + slope * (again + frame.tail)
         more = more + (again * before + frame.tail * whole) * (table.pairs_ms / 1e6)
@@ -240,7 +244,7 @@ def envelope(forward: Sequence[tuple[int, float]], rows: float) -> tuple[float, 
         while len(hull) > 1 and _turn(hull[-2], hull[-1], (x, y)) <= 0:
             hull.pop()
         hull.append((float(x), y))
-    for (x0, y0), (x1, y1) in zip(hull, hull[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(hull):
         if rows <= x1 or (x1, y1) == hull[-1]:
             slope = (y1 - y0) / (x1 - x0)
             return slope, y0 - slope * x0

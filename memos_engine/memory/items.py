@@ -74,7 +74,8 @@ def _exact(items: Items, kv: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """`[p, n]`: the record that stands exact in slot 0: the likeliest of those that can, behind no cached
     text."""
     able = kv & items.exact & (items.cached == 0)
-    return able & (np.cumsum(able, axis=1) == 1)
+    first: npt.NDArray[np.bool_] = able & (np.cumsum(able, axis=1) == 1)
+    return first
 
 
 def values(items: Items, forms: Forms, quality: float) -> Floats:

@@ -1,8 +1,8 @@
 """The best choice of memories and forms within a budget: a multiple-choice knapsack, once for each share of
 tokens that may be computed again.
 
-Up to PATTERNS ways of filling a request all of them are priced, with the true costs, and the best is the best.
-Where there are more, `relaxation.py` finds a good one, and says how much better any other could be.
+Up to PATTERNS ways of filling a request all of them are priced, with the true costs, and the best is the
+best. Where there are more, `relaxation.py` finds a good one, and says how much better any other could be.
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ def check_budget(budget_ms: float | None) -> None:
     number = isinstance(budget_ms, (int, float)) and not isinstance(budget_ms, bool)
     if not number or not math.isfinite(budget_ms) or budget_ms <= 0:
         raise MemoryInputError(
-            f"ttft_budget_ms={budget_ms!r}: milliseconds until the first token, more than 0; leave it out for "
-            "the best answer."
+            f"ttft_budget_ms={budget_ms!r}: milliseconds until the first token, more than 0; leave it out "
+            "for the best answer."
         )
 
 

@@ -43,7 +43,8 @@ class SpliceQuality:
 
 def default_kl(recompute: float, memories: int) -> float:
     """DEFAULT_KL by straight lines."""
-    few, many = (np.interp(recompute, *zip(*DEFAULT_KL[count], strict=True)) for count in (3, 8))
+    curves = (np.asarray(DEFAULT_KL[count]) for count in (3, 8))
+    few, many = (float(np.interp(recompute, curve[:, 0], curve[:, 1])) for curve in curves)
     return float(np.interp(memories, (3, 8), (few, many)))
 
 

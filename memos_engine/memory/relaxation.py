@@ -1,10 +1,10 @@
-"""The knapsack of many candidates: Lagrangian relaxation (Fisher 1981; Kellerer, Pferschy and Pisinger, Knapsack
-Problems, 2004, ch. 11).
+"""The knapsack of many candidates: Lagrangian relaxation (Fisher 1981; Kellerer, Pferschy and Pisinger,
+Knapsack Problems, 2004, ch. 11).
 
 With a price on a millisecond, on a token of room and on a place among the memories, every candidate takes the
 form with the largest gain by itself. Each set of prices gives a choice to try, and, costs being nowhere above
-the true ones, a bound that no choice exceeds. All sets of prices are tried at once; the best choice that keeps
-all limits, at its true cost, is filled up one memory at a time.
+the true ones, a bound that no choice exceeds. All sets of prices are tried at once; the best choice that
+keeps all limits, at its true cost, is filled up one memory at a time.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def many(
         if not len(here):
             continue
         best = here[int(np.argmax(worth[here] - 1e-9 * ms[here]))]
-        out.append((forms[best], float(share[at]), float(quality[at]), float(worth[best]), float(ms[best]), at))
+        out.append(
+            (forms[best], float(share[at]), float(quality[at]), float(worth[best]), float(ms[best]), at)
+        )
     bound = float(bounds.max())
     if not out:
         return [], bound
@@ -69,15 +71,22 @@ Found = tuple[Forms, float, float, float, float, int]
 
 
 def _lines(items: Items, share: Floats, limits: _Limits) -> tuple[Floats, Floats, Floats]:
-    """Affine lower costs: of a request with its cached text `[s]`, and what each memory adds as text and as KV
-    `[s, n]`."""
+    """Affine lower costs: of a request with its cached text `[s]`, and what each memory adds as text and as
+    KV `[s, n]`."""
     exact = items.kv * items.exact
     slack = max(0.5, float(exact.max(initial=0))) if items.cached == 0 else 0.5
     rows = limits.price.rows_within(limits.budget)
     cached = float(items.text[: items.cached].sum())
     zero = np.zeros(6)
     unit = np.eye(6)
-    load = Load(text=unit[1], kv=unit[2], records=unit[3], disk_records=unit[4], disk_mib=unit[5], cached=zero + cached)
+    load = Load(
+        text=unit[1],
+        kv=unit[2],
+        records=unit[3],
+        disk_records=unit[4],
+        disk_mib=unit[5],
+        cached=zero + cached,
+    )
     lines = limits.price.floor(load, share[:, None], slack, rows)  # [s, 6]
     base, (text, kv, record, read, mib) = lines[:, 0], (lines[:, 1:] - lines[:, :1]).T
     kv_ms = kv[:, None] * items.kv + record[:, None] + read[:, None] * items.disk + mib[:, None] * items.mib
@@ -87,7 +96,9 @@ def _lines(items: Items, share: Floats, limits: _Limits) -> tuple[Floats, Floats
 class _Gains:
     """What each memory gains at each set of prices: `[shares, prices, rooms, n]`."""
 
-    def __init__(self, items: Items, quality: Floats, text_ms: Floats, kv_ms: Floats, limits: _Limits) -> None:
+    def __init__(
+        self, items: Items, quality: Floats, text_ms: Floats, kv_ms: Floats, limits: _Limits
+    ) -> None:
         self.items, self.limits = items, limits
         n, cached = len(items), items.cached
         self.places = max(0, limits.most - cached)
@@ -114,7 +125,9 @@ class _Gains:
         else:  # the price of a place: the gain of the first memory that gets none
             at = n - self.places
             self.place = np.partition(self.gain, at - 1, axis=-1)[..., at - 1]
-        self.bonus = (1 - quality) * float((items.need * items.kv_worth * items.exact * (items.kv > 0)).max(initial=0))
+        self.bonus = (1 - quality) * float(
+            (items.need * items.kv_worth * items.exact * (items.kv > 0)).max(initial=0)
+        )
         self.fixed = float((items.need * items.text_worth)[:cached].sum())
 
     def bounds(self, left: Floats) -> Floats:
@@ -133,8 +146,8 @@ class _Gains:
         return np.asarray(total.min((1, 2)) + self.bonus + self.fixed, np.float64)
 
     def choices(self) -> tuple[Forms, npt.NDArray[np.intp]]:
-        """Choices `[p, n]` to try, and the share that each belongs to. Of memories that say the same, the less
-        likely one is tried only where it gains what it has of its own."""
+        """Choices `[p, n]` to try, and the share that each belongs to. Of memories that say the same, the
+        less likely one is tried only where it gains what it has of its own."""
         items = self.items
         gain = self.gain
         if len(items.pairs[0]):
@@ -151,7 +164,9 @@ class _Gains:
         return np.concatenate([forms, empty]), np.concatenate([which, np.arange(self.gain.shape[0])])
 
 
-def _fitting(items: Items, forms: Forms, share: Floats | float, limits: _Limits) -> tuple[npt.NDArray[np.bool_], Floats]:
+def _fitting(
+    items: Items, forms: Forms, share: Floats | float, limits: _Limits
+) -> tuple[npt.NDArray[np.bool_], Floats]:
     load = loads(items, forms, share)
     ms = limits.price(load)
     tokens = np.asarray(load.text) + load.kv + load.cached

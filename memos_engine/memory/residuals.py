@@ -64,8 +64,8 @@ class Residuals:
             return self._factors
 
     def quantile(self, share: float) -> float:
-        """Factor on a predicted total that a `share` of requests stays below: measured, with the calibration's
-        normal distribution counting as PRIOR further requests."""
+        """Factor on a predicted total that a `share` of requests stays below: measured, with the
+        calibration's normal distribution counting as PRIOR further requests."""
         with self._lock:
             measured = np.sort(np.asarray(self._totals, np.float64))
         normal = self.spread * _NORMAL

@@ -61,9 +61,11 @@ class MemScheduler:
         order = sorted(candidates, key=lambda c: (-c.rank, -c.score, c.cube_id))
         needs = self.need([one.score for one in order], [one.rank for one in order])
         order = [
-            replace(one, need=float(p)) if one.need is None else one for one, p in zip(order, needs, strict=True)
+            replace(one, need=float(p)) if one.need is None else one
+            for one, p in zip(order, needs, strict=True)
         ]
-        fit, skipped = [], []
+        fit: list[PlanInput] = []
+        skipped: list[Skipped] = []
         for one in order:
             obstacle = _obstacle(one, request, len(fit))
             if obstacle:
@@ -82,6 +84,21 @@ class MemScheduler:
         factors = self.residuals.factors()
         plan_ms = 0.0 if request.frame.spent_ms else self.costs.plan_ms * factors.get("plan", 1.0)
         return Pricer(self.costs, request.frame, factors, self.residuals.quantile(PROMISE), plan_ms)
+
+    def no_time_to_retrieve(self, request: PlanRequest, spent_ms: float) -> str:
+        """Why memories should not even be looked for within the budget; empty where they should."""
+        if request.budget_ms is None:
+            return ""
+        factor, promise = self.residuals.factors().get, self.residuals.quantile(PROMISE)
+        price = Pricer(self.costs, request.frame, self.residuals.factors(), promise)
+        search = self.costs.retrieve_ms * factor("retrieve", 1.0) + self.costs.plan_ms * factor("plan", 1.0)
+        needed = spent_ms + promise * search + float(price(Load()))
+        if needed <= request.budget_ms:
+            return ""
+        return (
+            f"Finding memories would take about {search:.0f} ms, and the bare query then misses "
+            f"{request.budget_ms:g} ms: none were looked for."
+        )
 
     def forecast(self, price: Pricer, load: Load) -> Forecast:
         """What a request with this load is expected to take."""
@@ -298,8 +315,8 @@ def _ideal(items: Items, most: int) -> float:
 def _arranged(
     choice: Choice, ordered: Sequence[PlanInput], items: Items
 ) -> tuple[list[tuple[PlanInput, int]], dict[str, str]]:
-    """The chosen memories in the order of their slots, and why each has its form. Slot 0 goes to the likeliest
-    memory whose record is exact there; memories in pages stay where they stand."""
+    """The chosen memories in the order of their slots, and why each has its form. Slot 0 goes to the
+    likeliest memory whose record is exact there; memories in pages stay where they stand."""
     taken = [(one, form) for one, form in zip(ordered, choice.forms, strict=True) if form != SKIP]
     exact = [one for one, form in taken if form == KV and one.kv.exact_in_slot0][: not items.cached]
     taken.sort(key=lambda pair: pair[0] not in exact)

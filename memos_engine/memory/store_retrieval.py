@@ -137,6 +137,20 @@ class RetrievalRows(StoreBase):
             ).fetchall()
         return {row[0]: cube_of(row) for row in rows}
 
+    def of_session(self, principal: Principal, session: str, ids: Sequence[str]) -> set[str]:
+        """Those of `ids` that the caller may see and that are from this conversation."""
+        seen = self._view(principal, closed=False)
+        params = seen.params
+        params.update(ids=among(ids), session=session)
+        with self._db.read() as conn:
+            rows = conn.execute(
+                "SELECT c.id FROM cube c JOIN passage f ON f.cube_id = c.id AND f.version = c.version "
+                f"WHERE {seen.where} AND f.session = :session "
+                "AND c.id IN (SELECT value FROM json_each(:ids))",
+                params,
+            ).fetchall()
+        return {row[0] for row in rows}
+
     def erasures(self) -> int:
         """How many memories were ever erased here: an index built before the last one must not be kept."""
         with self._db.read() as conn:

@@ -1,0 +1,79 @@
+"""What stands around a request's memories when it is planned: rows to compute, work before it, pages to
+reuse."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from memos_engine.decoder.engine import DecoderEngine
+from memos_engine.memory.costs import CostTable, Frame
+from memos_engine.memory.plan import KnownPrefix
+
+MOST_OWNERS = 256
+ORDERS = 8  # newest orders of text that are remembered of each owner
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """head, tail: ids before and behind the memories; behind: tokens of the conversation before all this.
+    anchor: how many ids of the head come from the anchor's record where KV follows. root: salts the pages."""
+
+    head: tuple[int, ...]
+    tail: tuple[int, ...]
+    behind: int = 0
+    anchor: int = 0
+    root: bytes = b""
+
+
+class Outlook:
+    """Remembers which memories stood as exact text right behind which head, by owner. Safe for threads."""
+
+    def __init__(self, decoder: DecoderEngine) -> None:
+        self.decoder = decoder
+        self._orders: OrderedDict[bytes, deque[tuple[tuple[int, ...], tuple[str, ...]]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def frame(self, around: Surroundings, costs: CostTable) -> Frame:
+        """The request's surroundings as the cost model sees them, now."""
+        head = len(around.head)
+        reused = 0 if around.behind else self.decoder.reusable(around.head, around.root)
+        queue = sum(float(costs.rows_ms(float(rows))) for rows in self.decoder.ahead())
+        return Frame(
+            head=head,
+            head_rows=head - reused,
+            head_rows_kv=head - max(reused, around.anchor),
+            tail=len(around.tail),
+            behind=around.behind,
+            queue_ms=queue,
+        )
+
+    def known(self, around: Surroundings, texts: dict[str, tuple[int, ...]]) -> list[KnownPrefix]:
+        """Orders of candidates (given with their tokens) whose pages are still there."""
+        with self._lock:
+            orders = list(self._orders.get(around.root, ()))
+        found: dict[tuple[str, ...], KnownPrefix] = {}
+        page = self.decoder.pool.page
+        for head, cube_ids in orders if not around.behind else ():
+            if head != around.head or cube_ids in found or not all(one in texts for one in cube_ids):
+                continue
+            ids = [*head, *(token for one in cube_ids for token in texts[one])]
+            if self.decoder.reusable(ids, around.root) > len(ids) - page:
+                found[cube_ids] = KnownPrefix(cube_ids, len(ids) - len(head))
+        return list(found.values())
+
+    def went(self, around: Surroundings, texts: Sequence[str]) -> None:
+        """Takes note of memories that a request computed as text right behind its head, in this order."""
+        if not texts or around.behind:
+            return
+        with self._lock:
+            orders = self._orders.setdefault(around.root, deque(maxlen=ORDERS))
+            entry = (around.head, tuple(texts))
+            if entry in orders:
+                orders.remove(entry)
+            orders.append(entry)
+            self._orders.move_to_end(around.root)
+            while len(self._orders) > MOST_OWNERS:
+                self._orders.popitem(last=False)
