@@ -83,10 +83,9 @@ class Preparer:
             )
         return self._scheduler[1]
 
-    def use_costs(self, table: CostTable) -> None:
-        """Plans by this table from now on; what was learnt by another one counts no longer."""
-        weights = self.decoder.runner.model.weights
-        self._scheduler = weights, MemScheduler(table, self.scheduler.quality, self.scheduler.need)
+    def use(self, scheduler: MemScheduler) -> None:
+        """Plans by this scheduler from now on, until the weights change; what another one learnt is its own."""
+        self._scheduler = self.decoder.runner.model.weights, scheduler
 
     def _quality(self, weights: Weights) -> SpliceQuality:
         found = None if self.activation is None else load_profile(weights.digest, self.layout.digest)

@@ -63,26 +63,26 @@ def loads(items: Items, forms: Forms, share: Floats | float) -> Load:
     rows = text[:, items.cached :] @ items.text[items.cached :]
     cached = text[:, : items.cached] @ items.text[: items.cached]
     spliced = kv @ items.kv
-    exact = _exact(items, kv)
+    exact = _exact(items, forms)
     loose = spliced - np.where(exact.any(1), (exact @ items.kv), 0.0)
     again = np.minimum(loose, np.round(np.asarray(share) * spliced))
     records = kv.sum(1)
     return Load(rows, cached, spliced, again, records, kv @ items.disk, kv @ items.mib)
 
 
-def _exact(items: Items, kv: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """`[p, n]`: the record that stands exact in slot 0: the likeliest of those that can, behind no cached
-    text."""
-    able = kv & items.exact & (items.cached == 0)
-    first: npt.NDArray[np.bool_] = able & (np.cumsum(able, axis=1) == 1)
-    return first
+def _exact(items: Items, forms: Forms) -> npt.NDArray[np.bool_]:
+    """`[p, n]`: the record that stands in slot 0 and is exact there."""
+    taken = forms != SKIP
+    first = taken & (np.cumsum(taken, axis=1) == 1)
+    exact: npt.NDArray[np.bool_] = first & (forms == KV) & items.exact
+    return exact
 
 
 def values(items: Items, forms: Forms, quality: float) -> Floats:
     """`[p]`: what choices are worth. quality: of a spliced memory."""
     text, kv = forms == TEXT, forms == KV
     worth = text @ (items.need * items.text_worth) + kv @ (items.need * items.kv_worth * quality)
-    worth = worth + _exact(items, kv) @ (items.need * items.kv_worth * (1 - quality))
+    worth = worth + _exact(items, forms) @ (items.need * items.kv_worth * (1 - quality))
     first, second, twice = items.pairs
     if len(first):
         there = forms != SKIP

@@ -315,15 +315,13 @@ def _ideal(items: Items, most: int) -> float:
 def _arranged(
     choice: Choice, ordered: Sequence[PlanInput], items: Items
 ) -> tuple[list[tuple[PlanInput, int]], dict[str, str]]:
-    """The chosen memories in the order of their slots, and why each has its form. Slot 0 goes to the
-    likeliest memory whose record is exact there; memories in pages stay where they stand."""
+    """The chosen memories in the order of their slots, and why each has its form."""
     taken = [(one, form) for one, form in zip(ordered, choice.forms, strict=True) if form != SKIP]
-    exact = [one for one, form in taken if form == KV and one.kv.exact_in_slot0][: not items.cached]
-    taken.sort(key=lambda pair: pair[0] not in exact)
     reasons = {}
     for place, (one, form) in enumerate(taken):
         if form == KV:
-            reasons[one.cube_id] = f"a KV record is stored ({_kind(one in exact)})"
+            exact = place == 0 and one.kv.exact_in_slot0
+            reasons[one.cube_id] = f"a KV record is stored ({_kind(exact)})"
         elif place < items.cached:
             reasons[one.cube_id] = "text that is in pages from an earlier request"
         else:
