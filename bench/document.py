@@ -177,6 +177,7 @@ def command(bench: str, options: Options) -> str:
         "random_weights": "random-weights",
         "peer_timeout": "peer-timeout",
         "objective_ms": "objective-ms",
+        "budgets": "budget",
     }
     for field in plain.__dataclass_fields__:
         value = getattr(options, field)

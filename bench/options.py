@@ -37,7 +37,8 @@ class Options:
     requests decoded together; cubes: memories of a store; methods: those of the quality bench (empty: all);
     n: measured rounds or prompts (None: the bench's own default, fewer with `quick`); peers: systems beside
     ours (None: all that are installed); data: folder of evaluation sets; objective_ms: the first token's
-    deadline of the load bench; profile: keep what `quality` found beside the models, for the scheduler; out:
+    deadline of the load bench; budgets: milliseconds to the first token of the budget bench, which simulate
+    runs without a model; profile: keep what `quality` found beside the models, for the scheduler; out:
     folder for JSON, HTML and PNG; resume: keep the units that an interrupted run finished there;
     peer_timeout: seconds one call may take.
     """
@@ -60,6 +61,8 @@ class Options:
     n: int | None = None
     seed: int = 0
     objective_ms: float | None = None
+    budgets: tuple[float, ...] = ()
+    simulate: bool = False
     profile: bool = False
     quick: bool = False
     out: Path | None = None
@@ -81,6 +84,8 @@ class Options:
             raise ConfigError(f"n={self.n}: at least one measured round.")
         if self.objective_ms is not None and self.objective_ms <= 0:
             raise ConfigError("objective-ms: milliseconds, more than 0.")
+        if any(budget <= 0 for budget in self.budgets):
+            raise ConfigError("budget: milliseconds, more than 0.")
         if self.peer_timeout <= 0:
             raise ConfigError("peer-timeout: seconds, more than 0.")
 

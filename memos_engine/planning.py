@@ -39,6 +39,17 @@ class Since:
         return max(0.0, (self.clock() - self.start) * 1e3)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """The plan, the record of each memory that enters as KV, and the milliseconds that reading these and
+    deciding took."""
+
+    plan: Plan
+    records: dict[str, KVRecord]
+    fetch_ms: float
+    schedule_ms: float
+
+
 def plan_input(
     found: Candidate, tokens: int, stored: StoredKV, exact: bool, prefers: str | None = None
 ) -> PlanInput:
@@ -62,8 +73,8 @@ def plan_with_records(
     request: PlanRequest,
     stored: dict[str, StoredKV],
     since: Since | None = None,
-) -> tuple[Plan, dict[str, KVRecord], float]:
-    """The plan, the record of each memory that enters as KV, and the milliseconds that reading them took.
+) -> Planned:
+    """Plans, reads the records, and plans again where one cannot be had.
 
     What turns out to be damaged goes from `stored`. since: the request's clock, by which a budget is kept:
     a record that is not there when the rest would no longer fit stays out, and what is left is planned anew.
@@ -72,12 +83,14 @@ def plan_with_records(
     candidates = {one.cube_id: one for one in inputs}
     got: dict[Wanted, KVRecord] = {}
     notes: list[str] = []
-    spent, late = 0.0, 0
+    spent, deciding, late = 0.0, 0.0, 0
     while True:
+        begun = time.perf_counter()
         frame = request.frame
         if request.budget_ms is not None:
             frame = replace(frame, spent_ms=since())
         plan = scheduler.plan(list(candidates.values()), replace(request, frame=frame))
+        deciding += (time.perf_counter() - begun) * 1e3
         wanted = _wanted(plan, candidates, stored) if activation is not None else {}
         lacking = [key for key in wanted.values() if key not in got]
         start = time.perf_counter()
@@ -97,7 +110,7 @@ def plan_with_records(
             late += 1
             notes.append("preparing took longer than planned; less goes in")
     records = {cube_id: got[key] for cube_id, key in wanted.items()}
-    return replace(plan, notes=(*plan.notes, *dict.fromkeys(notes))), records, spent
+    return Planned(replace(plan, notes=(*plan.notes, *dict.fromkeys(notes))), records, spent, deciding)
 
 
 def _wanted(plan: Plan, candidates: dict[str, PlanInput], stored: dict[str, StoredKV]) -> dict[str, Wanted]:

@@ -146,27 +146,27 @@ class Preparer:
         inputs, stored, texts = self._inputs(principal, candidates, form, around, ask, chat)
         if budget is not None and form in ("auto", "text"):
             request = replace(request, known=self.outlook.known(around, texts))
-        plan, records, fetch_ms = plan_with_records(
-            self.scheduler, self.activation, inputs, request, stored, since
-        )
+        planned = plan_with_records(self.scheduler, self.activation, inputs, request, stored, since)
+        plan = planned.plan
         if skipped_retrieval:
             plan = replace(plan, notes=(skipped_retrieval, *plan.notes))
         spans: list[Span] = [TextSpan(head)] if behind and head else [] if behind else self._head(head, plan)
         for segment in plan.segments:
             cube_id = segment.cube_id
-            spans.append(KVSpan(records[cube_id]) if segment.form == "kv" else TextSpan(texts[cube_id]))
+            spans.append(
+                KVSpan(planned.records[cube_id]) if segment.form == "kv" else TextSpan(texts[cube_id])
+            )
         spans.append(TextSpan(tail))
-        planned = since()
         timings = {
             "retrieve": retrieved - begun,
-            "fetch": fetch_ms,
-            "plan": planned - retrieved - fetch_ms,
+            "fetch": planned.fetch_ms,
+            "plan": since() - retrieved - planned.fetch_ms,
         }
         cubes = {c.cube.id: c.cube for c in candidates}
         lacking = [cubes[s.cube_id] for s in plan.segments if not stored[s.cube_id].whole]
         return Prepared(
             spans, self._foreseen(plan, bool(candidates)), principal, lacking, timings,
-            whole=not behind, start=since.start, around=around,
+            whole=not behind, start=since.start, around=around, schedule_ms=planned.schedule_ms,
         )  # fmt: skip
 
     def _root(self, principal: Principal, chat: Chat | None) -> bytes:

@@ -19,7 +19,7 @@ class Prepared:
     """A request ready for the decoder: its spans, the plan behind them, and what preparing cost. lacking:
     memories of the plan that lack a record. whole: the spans are the whole prompt, no conversation stands
     before them. start: when the call began, on the clock of `time.perf_counter`. around: what the plan was
-    made for."""
+    made for. schedule_ms: what deciding took, a part of planning."""
 
     spans: list[Span]
     plan: Plan
@@ -29,6 +29,7 @@ class Prepared:
     whole: bool = True
     start: float = 0.0
     around: Surroundings | None = None
+    schedule_ms: float = 0.0
 
 
 @dataclass(frozen=True)

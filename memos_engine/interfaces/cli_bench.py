@@ -59,6 +59,13 @@ def _register(bench: str, summary: str) -> None:
         objective_ms: Annotated[
             float | None, typer.Option(help="First token's deadline of `load` (default: 3 x unloaded).")
         ] = None,
+        budget: Annotated[
+            list[float] | None,
+            typer.Option(help="Milliseconds to the first token, of `budget`; may be repeated."),
+        ] = None,
+        simulate: Annotated[
+            bool, typer.Option("--simulate", help="Run `budget` in simulated time, without a model.")
+        ] = False,
         profile: Annotated[
             bool, typer.Option("--profile", help="Keep the curve of `quality` beside the models.")
         ] = False,
@@ -94,6 +101,8 @@ def _register(bench: str, summary: str) -> None:
             n=n,
             seed=seed,
             objective_ms=objective_ms,
+            budgets=tuple(budget or ()),
+            simulate=simulate,
             profile=profile,
             quick=quick,
             out=out or (_DEFAULT_OUT if bench == "all" else None),

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -61,13 +62,37 @@ class CostTable:
         if not all(math.isfinite(number) and number >= 0 for number in numbers):
             raise MemoryInputError("A cost table holds a number that is negative or not finite.")
 
+    @cached_property
+    def _curve(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
+        """The forwards as arrays, and the slope behind the last one."""
+        known, ms = (np.asarray(side, np.float64) for side in zip(*self.forward, strict=True))
+        return known, ms, float((ms[-1] - ms[-2]) / (known[-1] - known[-2]))
+
     def rows_ms(self, rows: Number) -> npt.NDArray[np.float64]:
         """One forward of so many rows, without context; beyond the largest measured, in proportion."""
-        known, ms = (np.asarray(side, np.float64) for side in zip(*self.forward, strict=True))
+        known, ms, slope = self._curve
         rows = np.asarray(rows, np.float64)
-        inside = np.interp(rows, known, ms)
-        slope = (ms[-1] - ms[-2]) / (known[-1] - known[-2])
-        return np.where(rows <= 0, 0.0, inside + np.maximum(rows - known[-1], 0) * slope)
+        beyond = np.maximum(rows - known[-1], 0.0) * slope
+        return np.asarray((np.interp(rows, known, ms) + beyond) * (rows > 0))
+
+    @cached_property
+    def hull(self) -> tuple[tuple[float, float], ...]:
+        """The lower convex hull of the forwards, far beyond the last one too: a curve nowhere above them."""
+        far = 8 * self.forward[-1][0]
+        hull: list[tuple[float, float]] = []
+        for x, y in (*self.forward, (far, float(self.rows_ms(float(far))))):
+            while len(hull) > 1 and _turn(hull[-2], hull[-1], (x, y)) <= 0:
+                hull.pop()
+            hull.append((float(x), y))
+        return tuple(hull)
+
+    def line(self, rows: float) -> tuple[float, float]:
+        """(slope, intercept) of the hull's edge at `rows`: what makes a knapsack's bound valid although a
+        forward is no straight line."""
+        edges = list(pairwise(self.hull))
+        (x0, y0), (x1, y1) = next((edge for edge in edges if rows <= edge[1][0]), edges[-1])
+        slope = (y1 - y0) / (x1 - x0)
+        return slope, y0 - slope * x0
 
     def attention_ms(self, pairs: Number) -> npt.NDArray[np.float64]:
         return np.asarray(pairs, np.float64) * (self.pairs_ms / 1e6)
@@ -204,17 +229,17 @@ class Pricer:
         return np.asarray(self.frame.spent_ms + self.promise * (self.plan_ms + rest), np.float64)
 
     def rows_within(self, budget: float) -> float:
-        """About how many rows of text a budget pays for; where `floor` should be tight."""
-        known = np.asarray([rows for rows, _ in self.table.forward], np.float64)
-        return float(np.interp(budget, self(Load(text=known)), known))
+        """About how many rows a budget pays for; where `floor` should be tight."""
+        left = (budget - self.frame.spent_ms) / self.promise - self.plan_ms
+        ms = left / self.factors.get("forward", 1.0)
+        return next((float(rows) for rows, taken in self.table.forward if taken >= ms), float("inf"))
 
     def floor(self, load: Load, share: Number, slack: float, rows: float) -> npt.NDArray[np.float64]:
         """An affine function of the load that is nowhere above the price, tightest where about `rows` rows
         are computed. share, slack: at least `share * kv - slack` tokens are computed again; share may be an
         array that goes with the load's."""
         table, frame = self.table, self.frame
-        far = 8 * table.forward[-1][0]
-        slope, fixed = envelope([*table.forward, (far, float(table.rows_ms(float(far))))], rows)
+        slope, fixed = table.line(rows)
         text, kv = np.asarray(load.text, np.float64), np.asarray(load.kv, np.float64)
         before = float(frame.behind + frame.head)
         whole = before + text + kv + load.cached
@@ -233,22 +258,6 @@ class Pricer:
         out = out + self.factors.get("splice", 1.0) * spliced + self.factors.get("fetch", 1.0) * fetched
         out = out + self.factors.get("queue", 1.0) * frame.queue_ms
         return np.asarray(frame.spent_ms + self.promise * (self.plan_ms + out), np.float64)
-
-
-def envelope(forward: Sequence[tuple[int, float]], rows: float) -> tuple[float, float]:
-    """(slope, intercept) of a line that lies nowhere above the forwards' curve and touches it near `rows`: an
-    edge of its lower convex hull. It makes a knapsack's bound valid although a forward is no straight line.
-    """
-    hull: list[tuple[float, float]] = []
-    for x, y in forward:
-        while len(hull) > 1 and _turn(hull[-2], hull[-1], (x, y)) <= 0:
-            hull.pop()
-        hull.append((float(x), y))
-    for (x0, y0), (x1, y1) in pairwise(hull):
-        if rows <= x1 or (x1, y1) == hull[-1]:
-            slope = (y1 - y0) / (x1 - x0)
-            return slope, y0 - slope * x0
-    raise MemoryInputError("A cost table needs forwards of at least two sizes.")
 
 
 def _turn(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> float:

@@ -41,6 +41,17 @@ class Items:
         return len(self.need)
 
     @cached_property
+    def text_columns(self) -> Floats:
+        """`[n, 2]`: tokens to compute, and tokens in pages."""
+        there = np.arange(len(self)) < self.cached
+        return np.stack([np.where(there, 0.0, self.text), np.where(there, self.text, 0.0)], axis=1)
+
+    @cached_property
+    def kv_columns(self) -> Floats:
+        """`[n, 4]`: tokens, records, reads from disk, and their mebibytes."""
+        return np.stack([self.kv, np.ones(len(self)), self.disk.astype(np.float64), self.mib], axis=1)
+
+    @cached_property
     def pairs(self) -> tuple[Indices, Indices, Floats]:
         """Memories that say the same: (i, j, what both are worth less together)."""
         first, second = np.nonzero(np.triu(self.overlap))
@@ -59,30 +70,32 @@ class Choice:
 
 def loads(items: Items, forms: Forms, share: Floats | float) -> Load:
     """What choices `[p, n]` bring in. share: one number, or `[p]`."""
-    text, kv = forms == TEXT, forms == KV
-    rows = text[:, items.cached :] @ items.text[items.cached :]
-    cached = text[:, : items.cached] @ items.text[: items.cached]
-    spliced = kv @ items.kv
-    exact = _exact(items, forms)
-    loose = spliced - np.where(exact.any(1), (exact @ items.kv), 0.0)
+    text, kv = (forms == TEXT).astype(np.float64), (forms == KV).astype(np.float64)
+    rows, cached = (text @ items.text_columns).T
+    spliced, records, disk, mib = (kv @ items.kv_columns).T
+    first, exact = _exact(items, forms)
+    loose = spliced - exact * items.kv[first] if len(items) else spliced
     again = np.minimum(loose, np.round(np.asarray(share) * spliced))
-    records = kv.sum(1)
-    return Load(rows, cached, spliced, again, records, kv @ items.disk, kv @ items.mib)
+    return Load(rows, cached, spliced, again, records, disk, mib)
 
 
-def _exact(items: Items, forms: Forms) -> npt.NDArray[np.bool_]:
-    """`[p, n]`: the record that stands in slot 0 and is exact there."""
-    taken = forms != SKIP
-    first = taken & (np.cumsum(taken, axis=1) == 1)
-    exact: npt.NDArray[np.bool_] = first & (forms == KV) & items.exact
-    return exact
+def _exact(items: Items, forms: Forms) -> tuple[Indices, npt.NDArray[np.bool_]]:
+    """`[p]`: the memory in slot 0, and whether its record is there and exact."""
+    if not len(items):
+        return np.zeros(len(forms), np.intp), np.zeros(len(forms), np.bool_)
+    first = (forms != SKIP).argmax(1)
+    exact = (forms[np.arange(len(forms)), first] == KV) & items.exact[first]
+    return first, exact
 
 
-def values(items: Items, forms: Forms, quality: float) -> Floats:
-    """`[p]`: what choices are worth. quality: of a spliced memory."""
-    text, kv = forms == TEXT, forms == KV
-    worth = text @ (items.need * items.text_worth) + kv @ (items.need * items.kv_worth * quality)
-    worth = worth + _exact(items, forms) @ (items.need * items.kv_worth * (1 - quality))
+def values(items: Items, forms: Forms, quality: Floats | float) -> Floats:
+    """`[p]`: what choices are worth. quality: of a spliced memory; one number, or `[p]`."""
+    text, kv = (forms == TEXT).astype(np.float64), (forms == KV).astype(np.float64)
+    as_text, as_kv = items.need * items.text_worth, items.need * items.kv_worth
+    worth = text @ as_text + (kv @ as_kv) * quality
+    if len(items):
+        first, exact = _exact(items, forms)
+        worth = worth + exact * as_kv[first] * (1 - np.asarray(quality))
     first, second, twice = items.pairs
     if len(first):
         there = forms != SKIP

@@ -23,7 +23,7 @@ DEFAULT_KL = {
 }
 NONE_KL = 0.45
 SAME = 0.3  # share of common three-word runs from which two memories count as saying the same
-BINS, EMPTY = 64, np.uint32(0xFFFFFFFF)
+BINS, EMPTY = 32, np.uint32(0xFFFFFFFF)
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,23 @@ def sketch(text: str) -> bytes:
 def overlaps(sketches: Sequence[bytes]) -> npt.NDArray[np.float64]:
     """`[n, n]`: estimated share of common runs (Jaccard) of each pair; below SAME, on the diagonal, and for
     memories without a sketch nothing."""
-    bins = np.full((len(sketches), BINS), EMPTY, np.uint32)
+    n = len(sketches)
+    bins = np.full((n, BINS), EMPTY, np.uint32)
     for row, one in zip(bins, sketches, strict=True):
         if one:
             row[:] = np.frombuffer(one, np.uint32)
-    filled = bins != EMPTY
-    alike = ((bins[:, None] == bins[None]) & filled[:, None]).sum(2)
-    either = (filled[:, None] | filled[None]).sum(2)
-    share = alike / np.maximum(1, either)
+    ordered = np.sort(bins.ravel())
+    twice = np.unique(ordered[1:][(ordered[1:] == ordered[:-1]) & (ordered[1:] != EMPTY)])
+    if not len(twice):  # the usual case: nothing is said twice
+        return np.zeros((n, n))
+    places = np.minimum(np.searchsorted(twice, bins), len(twice) - 1)
+    rows, columns = np.nonzero(twice[places] == bins)
+    holds = np.zeros((n, len(twice)), np.float32)
+    holds[rows, places[rows, columns]] = 1
+    filled = (bins != EMPTY).astype(np.float32)
+    counts = filled.sum(1)
+    either = counts[:, None] + counts[None] - filled @ filled.T
+    share = (holds @ holds.T).astype(np.float64) / np.maximum(1, either)
     share[share < SAME] = 0
     np.fill_diagonal(share, 0)
-    return np.asarray(share, np.float64)
+    return share

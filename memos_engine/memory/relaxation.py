@@ -18,9 +18,9 @@ import numpy.typing as npt
 from memos_engine.memory.costs import Load, Pricer
 from memos_engine.memory.items import KV, SKIP, TEXT, Choice, Floats, Forms, Items, loads, values
 
-PRICES = np.concatenate([[0.0], np.geomspace(3e-3, 1.0, 15)])  # of a millisecond, in the best gain for one
-ROOMS = np.asarray([0.0, 0.1, 0.3, 1.0])  # of a token, likewise
-FILLS = 2  # memories that are added to the best choice
+PRICES = np.concatenate([[0.0], np.geomspace(5e-3, 1.0, 11)])  # of a millisecond, in the best gain for one
+ROOMS = np.asarray([0.0, 0.2, 0.7])  # of a token, likewise
+FILLS = 1  # memories that are added to the best choice
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def many(
     bounds = gains.bounds(budget - start)
     forms, which = gains.choices()
     ok, ms = _fitting(items, forms, share[which], limits)
-    worth = _graded(items, forms, quality[which])
+    worth = values(items, forms, quality[which])
     out = []
     for at in range(len(share)):
         here = np.flatnonzero(ok & (which == at))
@@ -174,25 +174,24 @@ def _fitting(
     return ok & ((np.asarray(load.again) > 0) | (np.asarray(share) == 0)), ms
 
 
-def _graded(items: Items, forms: Forms, quality: Floats) -> Floats:
-    """`values` where every choice has a quality of its own."""
-    worst, best = values(items, forms, 0.0), values(items, forms, 1.0)
-    return worst + quality * (best - worst)
-
-
 def _filled(items: Items, found: Found, limits: _Limits) -> Found:
     """The choice with what still fits: of all single further steps the most valuable, FILLS times."""
     forms, share, quality, value, ms, at = found
     n = len(items)
-    free = np.arange(items.cached, n)
+    text, kv = (items.text > 0).tolist(), (items.kv > 0).tolist()
+    able = [(TEXT,) * text[i] + (KV,) * kv[i] for i in range(n)]
+    free = range(items.cached, n)
     for _ in range(FILLS):
-        tried = np.repeat(forms[None], 2 * len(free), axis=0)
-        tried[np.arange(len(free)), free] = np.where(items.text[free] > 0, TEXT, forms[free])
-        tried[len(free) + np.arange(len(free)), free] = np.where(items.kv[free] > 0, KV, forms[free])
+        steps = [(i, form) for i in free for form in able[i] if forms[i] not in (form, TEXT)]
+        if not steps:
+            break
+        where, how = zip(*steps, strict=True)
+        tried = np.repeat(forms[None], len(steps), axis=0)
+        tried[np.arange(len(steps)), where] = how
         ok, took = _fitting(items, tried, share, limits)
         worth = np.where(ok, values(items, tried, quality), -np.inf)
-        best = int(np.argmax(worth)) if len(worth) else 0
-        if not len(worth) or worth[best] <= value + 1e-6:
+        best = int(np.argmax(worth))
+        if worth[best] <= value + 1e-6:
             break
         forms, value, ms = tried[best], float(worth[best]), float(took[best])
     return forms, share, quality, value, ms, at

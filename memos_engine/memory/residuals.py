@@ -36,6 +36,7 @@ class Residuals:
         self._totals: deque[float] = deque(maxlen=PROMISES)
         self._lock = threading.Lock()
         self._factors: dict[str, float] | None = None
+        self._quantiles: dict[float, float] = {}
 
     def __len__(self) -> int:
         return len(self._totals)
@@ -55,6 +56,7 @@ class Residuals:
         if ratio is not None:
             with self._lock:
                 self._totals.append(ratio)
+                self._quantiles = {}
 
     def factors(self) -> dict[str, float]:
         """By stage: what to multiply the table by. Few measurements move it little."""
@@ -67,13 +69,18 @@ class Residuals:
         """Factor on a predicted total that a `share` of requests stays below: measured, with the
         calibration's normal distribution counting as PRIOR further requests."""
         with self._lock:
-            measured = np.sort(np.asarray(self._totals, np.float64))
+            if share not in self._quantiles:
+                self._quantiles[share] = math.exp(self._quantile(share))
+            return self._quantiles[share]
+
+    def _quantile(self, share: float) -> float:
         normal = self.spread * _NORMAL
-        values = np.concatenate([measured, normal])
-        weights = np.concatenate([np.ones(len(measured)), np.full(len(normal), PRIOR / len(normal))])
+        values = np.concatenate([np.asarray(self._totals, np.float64), normal])
+        weights = np.ones(len(values))
+        weights[len(self._totals) :] = PRIOR / len(normal)
         order = np.argsort(values)
         reached = np.cumsum(weights[order]) / weights.sum()
-        return float(math.exp(values[order][int(np.searchsorted(reached, share))]))
+        return float(values[order][min(int(np.searchsorted(reached, share)), len(values) - 1)])
 
 
 def _log_ratio(actual: float, predicted: float) -> float | None:

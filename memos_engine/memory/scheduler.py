@@ -34,10 +34,12 @@ from memos_engine.memory.residuals import Residuals
 
 SHARES = (0.0, 0.05, 0.1, 0.15, 0.25, 0.4, 0.6)
 MOST = 64  # candidates that are weighed
+MANY = 16  # candidates beyond which only every other share is tried
 PROMISE = 0.97  # share of requests that shall keep their budget
 PREFERENCE = 0.01  # of a memory's value, that a form the policies do not prefer loses
 SHORT = 64  # tokens up to which a memory that shall enter as text does so although KV is there
 MEBI = float(1 << 20)
+UNIT = 100.0  # tokens, by which reasons state what a memory would take
 
 
 class MemScheduler:
@@ -61,8 +63,8 @@ class MemScheduler:
         order = sorted(candidates, key=lambda c: (-c.rank, -c.score, c.cube_id))
         needs = self.need([one.score for one in order], [one.rank for one in order])
         order = [
-            replace(one, need=float(p)) if one.need is None else one
-            for one, p in zip(order, needs, strict=True)
+            one if one.need is not None else _needed(one, p)
+            for one, p in zip(order, needs.tolist(), strict=True)
         ]
         fit: list[PlanInput] = []
         skipped: list[Skipped] = []
@@ -133,7 +135,7 @@ class MemScheduler:
             else:
                 chosen.append((one, form))
                 used += tokens
-        items = _items([one for one, _ in chosen], request)
+        items = items_of([one for one, _ in chosen], request)
         forms = np.asarray([[form for _, form in chosen]], np.int8).reshape(1, len(chosen))
         load = loads(items, forms, share or 0.0)
         segments = self._segments(chosen, reasons, share or 0.0, most)
@@ -144,29 +146,30 @@ class MemScheduler:
             tuple(skipped),
             share or 0.0,
             quality=kept / ideal if ideal else 1.0,
-            forecast=self.forecast(price, _first(load)),
+            forecast=self.forecast(price, as_numbers(load)),
         )
 
     # -- within a budget -------------------------------------------------------------------------
 
     def _within(self, fit: Sequence[PlanInput], request: PlanRequest, price: Pricer, budget: float) -> Plan:
         most = min(request.max_memories, len(fit))
-        shares = SHARES if request.recompute is None else (min(request.recompute, SHARES[-1]),)
+        shares = SHARES if len(fit) <= MANY else SHARES[::2]
+        if request.recompute is not None:
+            shares = (min(request.recompute, SHARES[-1]),)
         graded = [(share, self.quality.of(share, most)) for share in shares]
         found: list[tuple[Choice, list[PlanInput], Items]] = []
         bound = 0.0
+        plain = items_of(fit, request)
         for known in (None, *request.known):
             ordered = _ahead(fit, known)
             if ordered is None:
                 continue
-            cached = 0 if known is None else len(known.cube_ids)
-            items = _items(ordered, request, cached)
+            items = plain if known is None else items_of(ordered, request, len(known.cube_ids))
             choices, most_possible = search(
                 items, graded, price, budget, request.max_memory_tokens, request.max_memories
             )
             found += [(choice, ordered, items) for choice in choices]
             bound = max(bound, most_possible)
-        empty = self.forecast(price, Load())
         if not found:
             note = (
                 f"The bare query cannot meet {budget:g} ms: it alone is expected to take "
@@ -176,9 +179,9 @@ class MemScheduler:
             return Plan((), skipped, 0.0, budget, 0.0, 0.0, False, empty, notes=(note,))
         best = max(found, key=lambda one: (round(one[0].value, 6), -one[0].ms))
         choice, ordered, items = best
-        ideal = max(_ideal(_items(fit, request), request.max_memories), choice.value, 1e-9)
+        ideal = max(_ideal(plain, request.max_memories), choice.value, 1e-9)
         load = loads(items, np.asarray([choice.forms], np.int8), choice.share)
-        forecast = self.forecast(price, _first(load))
+        forecast = self.forecast(price, as_numbers(load))
         taken, reasons = _arranged(choice, ordered, items)
         segments = self._segments(taken, reasons, choice.share, most)
         left = [one for one, form in zip(ordered, choice.forms, strict=True) if form == SKIP]
@@ -223,6 +226,13 @@ def _check(candidates: Sequence[PlanInput]) -> None:
             )
 
 
+def _needed(one: PlanInput, p: float) -> PlanInput:
+    """The candidate with its probability; `replace` takes four times as long, and this runs for all of them."""
+    return PlanInput(
+        one.cube_id, one.score, one.text_tokens, one.kv, one.relevance, p, one.prefers, one.sketch
+    )
+
+
 def _obstacle(one: PlanInput, request: PlanRequest, before: int) -> str:
     """Why a candidate is not weighed at all; empty when it is."""
     if request.form == "none":
@@ -264,7 +274,9 @@ def _in_order(skipped: Sequence[Skipped], order: Sequence[PlanInput]) -> tuple[S
     return tuple(sorted(skipped, key=lambda one: places[one.cube_id]))
 
 
-def _items(fit: Sequence[PlanInput], request: PlanRequest, cached: int = 0) -> Items:
+def items_of(
+    fit: Sequence[PlanInput], request: PlanRequest, cached: int = 0, overlap: Floats | None = None
+) -> Items:
     """Candidates as arrays, with the forms that the request allows."""
     kv_too = request.form != "text"
 
@@ -283,7 +295,7 @@ def _items(fit: Sequence[PlanInput], request: PlanRequest, cached: int = 0) -> I
         mib=array([one.kv.nbytes / MEBI * slow for one, slow in zip(fit, disk, strict=True)]),
         text_worth=array([1 - PREFERENCE * (one.prefers == "kv") for one in fit]),
         kv_worth=array([1 - PREFERENCE * (one.prefers == "text") for one in fit]),
-        overlap=overlaps([one.sketch for one in fit]),
+        overlap=overlaps([one.sketch for one in fit]) if overlap is None else overlap,
         cached=cached,
     )
 
@@ -298,7 +310,7 @@ def _ahead(fit: Sequence[PlanInput], known: KnownPrefix | None) -> list[PlanInpu
     return [by_id[i] for i in known.cube_ids] + [one for one in fit if one.cube_id not in known.cube_ids]
 
 
-def _first(load: Load) -> Load:
+def as_numbers(load: Load) -> Load:
     """The load of the only plan, as numbers."""
     names = Load.__dataclass_fields__
     return Load(**{name: float(np.ravel(getattr(load, name))[0]) for name in names})
@@ -341,20 +353,23 @@ def _left_out(
     """Why each of the others stays out."""
     if not left:
         return ()
-    items = _items(left, request)
-    one = np.eye(len(left), dtype=np.int8)
-    base = float(price(Load()))
-    text = price(loads(items, one * TEXT, 0.0)) - base
-    kv = price(loads(items, one * KV, choice.share)) - base
+    if taken >= request.max_memories:
+        return tuple(_skip(one, f"max_memories ({request.max_memories}) is reached") for one in left)
+    kv_too = request.form != "text"
+    spare = max(0.0, (request.budget_ms or 0.0) - forecast.promise_ms)
+    few = np.asarray([0.0, UNIT, 0.0])
+    base, text, kv = price(
+        Load(text=few, kv=few[::-1], again=few[::-1] * choice.share, records=few[::-1] / UNIT)
+    ).tolist()
+    text, kv = (text - base) / UNIT, (kv - base) / UNIT
     out = []
-    for i, memory in enumerate(left):
-        if taken >= request.max_memories:
-            out.append(_skip(memory, f"max_memories ({request.max_memories}) is reached"))
-            continue
-        ways = [f"{text[i]:.0f} ms as text"] if items.text[i] else []
-        ways += [f"{kv[i]:.0f} ms as KV"] if items.kv[i] else [memory.kv.reason or "no KV record is stored"]
-        spare = max(0.0, (request.budget_ms or 0.0) - forecast.promise_ms)
-        out.append(_skip(memory, f"it would take about {', '.join(ways)}; {spare:.0f} ms are left"))
+    for one in left:
+        way = f"{one.text_tokens * text:.0f} ms as text, "
+        if one.kv.available and kv_too:
+            way += f"{one.kv.tokens * kv:.0f} ms as KV"
+        else:
+            way += one.kv.reason or "no KV record is stored"
+        out.append(_skip(one, f"it would take about {way}; {spare:.0f} ms are left"))
     return tuple(out)
 
 
