@@ -1,4 +1,4 @@
-"""The store of `bench budget`: users with paragraphs as memories, part of them with stored KV, and questions."""
+"""The store of `bench budget`: users with paragraphs as memories, part of them with stored KV; questions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from memos_engine.bench.options import Options
 from memos_engine.bench.steady_traffic import store_folder
@@ -26,7 +27,7 @@ from memos_engine.user import UserMemory
 USERS = (100, 6)  # with --quick the second
 OTHERS = 5  # a user's paragraphs beside those of an article
 MEMORIES = 8  # most that enter a request
-STORED = 0.6  # of the memories have stored KV
+STORED = 0.6  # of the paragraphs have stored KV
 HELD = 0.25  # of the records' bytes, host memory holds
 ZIPF = 1.0  # how unevenly users ask
 POOL = 6144
@@ -46,14 +47,12 @@ class KnownTexts:
     def __init__(self, embedder: Embedder, texts: Sequence[str]) -> None:
         self.model_id, self.dim, self._embedder = embedder.model_id, embedder.dim, embedder
         unique = list(dict.fromkeys(texts))
-        self._known = {}
+        self._known: dict[str, Vectors] = {}
         for start in range(0, len(unique), 16):
             some = unique[start : start + 16]
             self._known.update(zip(some, embedder.embed(some), strict=True))
 
     def embed(self, texts: Sequence[str]) -> Vectors:
-        import numpy as np
-
         if all(text in self._known for text in texts):
             return np.stack([self._known[text] for text in texts])
         return self._embedder.embed(texts)
@@ -93,12 +92,11 @@ class Bed:
         activation, layout = self.engine.activation, self.engine.layout
         assert activation is not None
         for number, person in enumerate(self.people):
-            rng = random.Random(f"{self.seed}/stored/{number}")
             for paragraph in self.holds[number]:
                 text = self.dataset.paragraphs[paragraph]
                 cube = person.remember(text)
                 self.ages[cube.id] = len(self.ages)
-                if rng.random() >= STORED:
+                if random.Random(f"{self.seed}/stored/{paragraph}").random() >= STORED:
                     continue
                 ids = layout.memory(text)
                 if paragraph not in made:
@@ -121,7 +119,7 @@ class Bed:
         by_paragraph: dict[int, list[Question]] = {}
         for question in self.dataset.questions:
             by_paragraph.setdefault(question.paragraph, []).append(question)
-        out = []
+        out: list[Asked] = []
         while len(out) < count:
             (user,) = rng.choices(range(len(self.people)), weights)
             known = [q for p in self.holds[user] for q in by_paragraph.get(p, ())]

@@ -36,7 +36,8 @@ POLICIES = (
 
 
 class Fixed(MemScheduler):
-    """One memory after the other, in an order and form of its own, as long as the promise keeps the budget."""
+    """One memory after the other, in an order and form of its own, as long as the promise keeps the
+    budget."""
 
     policy: Policy
     ages: dict[str, int]  # larger: newer
@@ -46,7 +47,7 @@ class Fixed(MemScheduler):
         items = items_of(order, request)
         forms = np.zeros((1, len(order)), np.int8)
         used = 0.0
-        for i, one in enumerate(order):
+        for i in range(len(order)):
             form = KV if self.policy.form == KV and items.kv[i] > 0 else TEXT
             tokens = float(items.kv[i] if form == KV else items.text[i])
             trial = forms.copy()

@@ -33,6 +33,7 @@ BENCHES: dict[str, str] = {
     "retrieval": "retrieval",
     "steady": "steady",
     "store": "store",
+    "budget": "budget",
     "quality": "quality",
 }
 

@@ -16,7 +16,6 @@ from memos_engine.decoder.engine import DecoderEngine
 from memos_engine.decoder.sequence import KVSpan, Span, Stats, TextSpan
 from memos_engine.decoder.weights import Weights
 from memos_engine.errors import ContextLengthError, MemoryNotFoundError, OutOfPagesError
-from memos_engine.memory.costs import CostTable
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import Candidate
 from memos_engine.memory.plan import Plan, PlanInput, PlanRequest, check_budget
@@ -84,7 +83,8 @@ class Preparer:
         return self._scheduler[1]
 
     def use(self, scheduler: MemScheduler) -> None:
-        """Plans by this scheduler from now on, until the weights change; what another one learnt is its own."""
+        """Plans by this scheduler from now on, until the weights change; what another one learnt is its
+        own."""
         self._scheduler = self.decoder.runner.model.weights, scheduler
 
     def _quality(self, weights: Weights) -> SpliceQuality:
@@ -140,7 +140,9 @@ class Preparer:
         skipped_retrieval = ""
         if recall is not None and form != "none" and limit > 0:
             skipped_retrieval = self.scheduler.no_time_to_retrieve(request, since())
-            if not skipped_retrieval:
+            if skipped_retrieval:
+                self.scheduler.residuals.relax("retrieve")
+            else:
                 candidates = recall(limit if budget is None else WIDER * limit)
         retrieved = since()
         inputs, stored, texts = self._inputs(principal, candidates, form, around, ask, chat)

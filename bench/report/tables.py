@@ -50,6 +50,9 @@ ORDER = {
     "steady": "part recompute dtype stored memories memory_tokens ttft_ms_p50 ttft_ms_p95 splice_ms_p50 "
     "fetch_ms_p50 prefix_tokens kv_share host_share records vault_mb rss_mb records_changed records_added "
     "records_written tokens_per_s n",
+    "budget": "policy budget_ms requests excluded_share met_share ttft_ms_p50 ttft_ms_p95 "
+    "predicted_error_p50 quality kl_mean answer_f1 memories_mean kv_share recompute_mean "
+    "schedule_ms_p50 candidates plan_ms_p50 plan_ms_p95 gap_p50 gap_p95",
     "store": "system cubes add_ms_p50 add_ms_p95 fsync_ms_p95 search_ms_p50 search_ms_p95 get_ms_p50 "
     "get_ms_p95 past_ms_p50 past_ms_p95 first_search_s open_s bytes_per_cube n",
     "compare": "row metric better a b ratio low high verdict why",

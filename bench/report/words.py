@@ -64,6 +64,12 @@ BENCHES = {
         "say. Our weights were chosen on the half of the dialogues that they are not scored on, except in "
         "the rows of the weights as shipped.",
     ),
+    "budget": (
+        "Answers within a time",
+        "Questions of many users about their memories, each with a time by which the first token is due. The "
+        "memory scheduler chooses which memories enter and in which form; fixed policies are cut off where "
+        "the same cost model says that the time ends.",
+    ),
     "steady": (
         "Steady state",
         "Hundreds of requests, one after the other, each a new question over memories in an order that no "

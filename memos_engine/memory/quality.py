@@ -82,7 +82,7 @@ def overlaps(sketches: Sequence[bytes]) -> npt.NDArray[np.float64]:
     filled = (bins != EMPTY).astype(np.float32)
     counts = filled.sum(1)
     either = counts[:, None] + counts[None] - filled @ filled.T
-    share = (holds @ holds.T).astype(np.float64) / np.maximum(1, either)
+    share: npt.NDArray[np.float64] = (holds @ holds.T).astype(np.float64) / np.maximum(1, either)
     share[share < SAME] = 0
     np.fill_diagonal(share, 0)
     return share

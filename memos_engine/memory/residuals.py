@@ -22,6 +22,8 @@ PRIOR = 8  # how many measured requests the calibration's own opinion weighs as 
 SMALL_MS = 0.05  # below this a time is noise, not a stage
 LIMIT = math.log(8)  # a stage's factor stays within an eighth and eight times the table
 WILD = math.log(1000)
+STALL = math.log(2.5)  # a request that takes so much longer stalled: no plan insures against it ...
+STALLS = 0.05  # ... unless so many do
 
 
 class Residuals:
@@ -73,11 +75,23 @@ class Residuals:
                 self._quantiles[share] = math.exp(self._quantile(share))
             return self._quantiles[share]
 
+    def relax(self, stage: str) -> None:
+        """A stage was left out because it would take too long: that is believed a little less each time, or
+        it would never be tried again."""
+        with self._lock:
+            ratios = self._stages.get(stage)
+            if ratios:
+                ratios.append(0.5 * float(np.median(ratios)))
+                self._factors = None
+
     def _quantile(self, share: float) -> float:
-        normal = self.spread * _NORMAL
-        values = np.concatenate([np.asarray(self._totals, np.float64), normal])
+        measured, normal = np.asarray(self._totals, np.float64), self.spread * _NORMAL
+        stalled = measured > STALL
+        if len(measured) and stalled.sum() <= max(1, STALLS * len(measured)):
+            measured = measured[~stalled]
+        values = np.concatenate([measured, normal])
         weights = np.ones(len(values))
-        weights[len(self._totals) :] = PRIOR / len(normal)
+        weights[len(measured) :] = PRIOR / len(normal)
         order = np.argsort(values)
         reached = np.cumsum(weights[order]) / weights.sum()
         return float(values[order][min(int(np.searchsorted(reached, share)), len(values) - 1)])

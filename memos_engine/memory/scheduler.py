@@ -153,7 +153,7 @@ class MemScheduler:
 
     def _within(self, fit: Sequence[PlanInput], request: PlanRequest, price: Pricer, budget: float) -> Plan:
         most = min(request.max_memories, len(fit))
-        shares = SHARES if len(fit) <= MANY else SHARES[::2]
+        shares: tuple[float, ...] = SHARES if len(fit) <= MANY else SHARES[::2]
         if request.recompute is not None:
             shares = (min(request.recompute, SHARES[-1]),)
         graded = [(share, self.quality.of(share, most)) for share in shares]
@@ -171,6 +171,7 @@ class MemScheduler:
             found += [(choice, ordered, items) for choice in choices]
             bound = max(bound, most_possible)
         if not found:
+            empty = self.forecast(price, Load())
             note = (
                 f"The bare query cannot meet {budget:g} ms: it alone is expected to take "
                 f"{empty.total_ms:.0f} ms, {empty.promise_ms:.0f} ms to be sure. It goes without memories."
@@ -227,7 +228,8 @@ def _check(candidates: Sequence[PlanInput]) -> None:
 
 
 def _needed(one: PlanInput, p: float) -> PlanInput:
-    """The candidate with its probability; `replace` takes four times as long, and this runs for all of them."""
+    """The candidate with its probability; `replace` takes four times as long, and this runs for all of
+    them."""
     return PlanInput(
         one.cube_id, one.score, one.text_tokens, one.kv, one.relevance, p, one.prefers, one.sketch
     )

@@ -24,7 +24,8 @@ from memos_engine.memory.vectors import ExactVectors
 
 log = logging.getLogger("memos_engine")
 
-MAX_VIEWS = 32
+MAX_VIEWS = 1024
+MAX_ROWS = 500_000  # of all views but the newest: many callers with a few memories, or few with many
 _MANY = 2000  # changes since the last look beyond which everything is read anew
 
 Run = Callable[[Callable[[], None]], None]
@@ -183,6 +184,8 @@ class Views:
         with self._lock:
             view = self._views.get((principal, model_id))
             if view is None:
+                while self._views and sum(len(v.passages) for v in self._views.values()) > MAX_ROWS:
+                    self._views.popitem(last=False)
                 view = View(self._store, principal, model_id, self._limits, self._run)
                 self._views[principal, model_id] = view
             self._views.move_to_end((principal, model_id))
