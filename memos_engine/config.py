@@ -13,6 +13,7 @@ KV_DTYPES = ("auto", "int8")
 CONTEXTS = ("auto", "own", "neutral")
 PAGE_DTYPES = ("auto", "int8")
 SELECTIONS = ("attention", "rank")
+EVICTIONS = ("value", "lru")
 # Chosen on invented facts, apart from the demo's: of 48 questions SmolLM2-135M answers 34 from memories as
 # text, against 26 with its template's own prompt, and splicing loses none of them (against 9).
 SYSTEM_PROMPT = (
@@ -140,7 +141,8 @@ class MemoryConfig:
     or as int8, at about half the bytes of bfloat16. contexts: what stands to the left of a memory while its
     KV for other slots than the first is made: the owner's own memories, neutral statements, or auto: own
     where there are at least 32. host_bytes: records kept in host memory. device_bytes: the same on a CUDA
-    device, in front of it. canary: share of requests that are run again as full prefill, after the reply;
+    device, in front of it. eviction: which of them make way, those of least value (docs/transformations.md) or
+    those longest unused (lru). canary: share of requests that are run again as full prefill, after the reply;
     where the first token is more than canary_kl nats away in the mean, splicing is turned off for the model.
     """
 
@@ -157,6 +159,7 @@ class MemoryConfig:
     canary_kl: float = 0.25
     host_bytes: int = 128 << 20
     device_bytes: int = 512 << 20
+    eviction: str = "value"
 
     def __post_init__(self) -> None:
         _require(self.form in FORMS, f"form={self.form!r}: use one of {', '.join(FORMS)}.")
@@ -175,3 +178,6 @@ class MemoryConfig:
         _require(self.canary_kl > 0, f"canary_kl={self.canary_kl}: nats, more than 0.")
         _require(self.host_bytes >= 0, "host_bytes: must not be negative.")
         _require(self.device_bytes >= 0, "device_bytes: must not be negative.")
+        _require(
+            self.eviction in EVICTIONS, f"eviction={self.eviction!r}: use one of {', '.join(EVICTIONS)}."
+        )

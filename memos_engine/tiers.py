@@ -1,7 +1,9 @@
 """Where records that were used wait to be used again: on the device, in host memory, else on disk.
 
 A record is in one tier at a time. Use brings it to the device, where there is one; what there is no room for
-sinks, least recently used first, to host memory and from there out of it: its file in the vault remains.
+sinks to host memory and from there out of it: its file in the vault remains. What sinks is decided by value
+(`memory/value.py`): how often a record is used, for what it saves by the byte. A record that is worth less
+than what it would push out goes past a tier. Or, with eviction lru, what was unused longest sinks.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -16,15 +19,55 @@ from torch import Tensor
 from memos_engine.config import MemoryConfig
 from memos_engine.decoder.arrival import send
 from memos_engine.decoder.record import KVRecord
+from memos_engine.memory.value import LOOKED_AT, Keeper, Pace
 
 Move = Callable[[KVRecord], KVRecord]
 
 
-class Tier:
-    """Records by key, bounded by bytes. Not thread-safe by itself."""
+class Worths:
+    """How often records were used, in any tier; time is counted in uses. A use of a record saves milliseconds
+    with its tokens, so that tokens for a byte are what records differ in beside their use."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, pace: Pace | None = None) -> None:
+        self.keeper: Keeper[str] = Keeper(0, pace)  # its use counts alone; tiers hold the records
+        self.now = 0
+
+    def used(self, key: str) -> None:
+        self.now += 1
+        self.keeper.used(key, self.now)
+
+    def of(self, key: str, record: KVRecord) -> float:
+        return self.keeper.rate(key, self.now) * record.num_tokens
+
+    def leaving(
+        self, records: OrderedDict[str, KVRecord], key: str, record: KVRecord, needed: int
+    ) -> list[str] | None:
+        """The records of least worth for their bytes among those longest unused, which free `needed` bytes;
+        None where they are worth more than the newcomer, with the margin."""
+        if needed <= 0:
+            return []
+        some = list(islice(records, LOOKED_AT))
+        if sum(records[k].nbytes for k in some) < needed:
+            some = list(records)
+        some.sort(key=lambda k: self.of(k, records[k]) / max(records[k].nbytes, 1))
+        leaving, lost = [], 0.0
+        for old in some:
+            if needed <= 0:
+                break
+            leaving.append(old)
+            lost += self.of(old, records[old])
+            needed -= records[old].nbytes
+        return leaving if self.of(key, record) >= lost * (1.0 + self.keeper.pace.margin) else None
+
+
+class Tier:
+    """Records by key, bounded by bytes. by: whose worth decides what makes way; None: the longest unused
+    does. Not thread-safe by itself."""
+
+    def __init__(self, most: int, by: Worths | None = None) -> None:
         self.most = most  # bytes
+        self.by = by
+        self.hits = 0
         self.nbytes = 0
         self.records: OrderedDict[str, KVRecord] = OrderedDict()  # least recently used first
 
@@ -33,14 +76,28 @@ class Tier:
         self.take(key)
         if record.nbytes > self.most:
             return [(key, record)]
+        leaving = self.leaving(key, record)
+        if leaving is None:
+            return [(key, record)]
+        gone = [(old, self.records[old]) for old in leaving]
+        for old in leaving:
+            self.take(old)
         self.records[key] = record
         self.nbytes += record.nbytes
-        gone = []
-        while self.nbytes > self.most:
-            oldest = next(iter(self.records))
-            gone.append((oldest, self.records[oldest]))
-            self.take(oldest)
         return gone
+
+    def leaving(self, key: str, record: KVRecord) -> list[str] | None:
+        """Which records make way, worst first; None where this one is worth less than they are."""
+        needed = self.nbytes + record.nbytes - self.most
+        if self.by is not None:
+            return self.by.leaving(self.records, key, record, needed)
+        leaving: list[str] = []
+        for old, held in self.records.items():
+            if needed <= 0:
+                break
+            leaving.append(old)
+            needed -= held.nbytes
+        return leaving
 
     def take(self, key: str) -> KVRecord | None:
         """The record, which is no longer here."""
@@ -59,9 +116,12 @@ class RecordTiers:
         device_bytes: int = 0,
         to_device: Move | None = None,
         to_host: Move | None = None,
+        eviction: str = "value",
     ) -> None:
-        self.device = Tier(0 if to_device is None else device_bytes)
-        self.host = Tier(host_bytes)
+        self.worths = Worths() if eviction == "value" else None
+        self.device = Tier(0 if to_device is None else device_bytes, self.worths)
+        self.host = Tier(host_bytes, self.worths)
+        self.asked = 0
         self._to_device, self._to_host = to_device, to_host
         self._lock = threading.Lock()
 
@@ -70,23 +130,32 @@ class RecordTiers:
         """The tiers for an engine on this device; host memory is pinned for CUDA, so that records travel
         beside other work, a layer at a time."""
         if device.type != "cuda":
-            return cls(config.host_bytes)
+            return cls(config.host_bytes, eviction=config.eviction)
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
         def to_device(record: KVRecord) -> KVRecord:
             return send(record.moved(_pinned), device, stream)
 
-        return cls(config.host_bytes, config.device_bytes, to_device, lambda record: record.moved(_pinned))
+        def to_host(record: KVRecord) -> KVRecord:
+            return record.moved(_pinned)
+
+        return cls(config.host_bytes, config.device_bytes, to_device, to_host, config.eviction)
 
     def get(self, key: str) -> KVRecord | None:
         """The record, from the best tier that it fits into from now on; None where only its file is left."""
         with self._lock:
-            record = self.device.take(key)
+            self.asked += 1
+            self._used(key)
+            record = self.device.records.get(key)
             if record is not None:
-                self.device.put(key, record)
+                self.device.records.move_to_end(key)
+                self.device.hits += 1
                 return record
             record = self.host.take(key)
-            return None if record is None else self._put(key, record, pinned=True)
+            if record is None:
+                return None
+            self.host.hits += 1
+            return self._put(key, record, pinned=True)
 
     def where(self, key: str) -> str:
         """The tier that holds a record: device, host, or disk where only its file is left."""
@@ -94,11 +163,48 @@ class RecordTiers:
             return "device" if key in self.device.records else "host" if key in self.host.records else "disk"
 
     def put(self, key: str, record: KVRecord) -> KVRecord:
-        """Takes a record that was read or built; returns it as it is held now."""
+        """Takes a record that was read or built; returns it as it is held now, or as it came where it is worth
+        less than all that would make way."""
         with self._lock:
             self.device.take(key)
             self.host.take(key)
+            if self.worths is not None and self.worths.keeper.rate(key, self.worths.now) == 0.0:
+                self._used(key)  # built because it was just asked for
             return self._put(key, record, pinned=False)
+
+    def holds(self, key: str) -> str:
+        """Where a record is: device, host or disk (which is to say, in no tier)."""
+        with self._lock:
+            if key in self.device.records:
+                return "device"
+            return "host" if key in self.host.records else "disk"
+
+    def demote(self, key: str) -> str:
+        """Moves a record a tier down, on purpose; returns where it is now."""
+        with self._lock:
+            record = self.device.take(key)
+            if record is not None:
+                self._sink(key, record, pinned=False)
+            else:
+                self.host.take(key)
+        return self.holds(key)
+
+    def occupancy(self) -> dict[str, dict[str, float]]:
+        """By tier: records, bytes, most bytes, and the share of what was asked for that it had."""
+        with self._lock:
+            return {
+                name: {
+                    "records": len(tier.records),
+                    "nbytes": tier.nbytes,
+                    "most": tier.most,
+                    "hit_share": tier.hits / self.asked if self.asked else 0.0,
+                }
+                for name, tier in (("device", self.device), ("host", self.host))
+            }
+
+    def _used(self, key: str) -> None:
+        if self.worths is not None:
+            self.worths.used(key)
 
     def drop(self, key: str) -> None:
         """Forgets a record that has ended."""
@@ -115,6 +221,8 @@ class RecordTiers:
 
     def _put(self, key: str, record: KVRecord, pinned: bool) -> KVRecord:
         if self._to_device is None or record.nbytes > self.device.most:
+            return self._sink(key, record, pinned)
+        if self.device.leaving(key, record) is None:  # others are worth more
             return self._sink(key, record, pinned)
         moved = self._to_device(record)
         for other, old in self.device.put(key, moved):

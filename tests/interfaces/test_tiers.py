@@ -1,4 +1,4 @@
-"""The tiers: bounded to the byte, least recently used first, one place for each record."""
+"""The tiers: bounded to the byte, by value or least recently used first, one place for each record."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memos_engine.config import ConfigError, MemoryConfig
+from memos_engine.config import EVICTIONS, ConfigError, MemoryConfig
 from memos_engine.decoder.record import KVRecord
 from memos_engine.tiers import RecordTiers
 
@@ -42,9 +42,9 @@ def record(tokens=1, rank=None):
     return KVRecord(k, -k, tuple(range(tokens)), "", "", rank=rank)
 
 
-def tiers(host=4, device=2):
+def tiers(host=4, device=2, eviction="lru"):
     moves = Moves()
-    return RecordTiers(host * BYTES, device * BYTES, moves.to("device"), moves.to("host")), moves
+    return RecordTiers(host * BYTES, device * BYTES, moves.to("device"), moves.to("host"), eviction), moves
 
 
 def test_use_brings_a_record_up_and_others_down():
@@ -83,7 +83,7 @@ def test_what_does_not_fit_is_given_back_as_it_came():
 
 
 def test_without_a_device_there_is_one_tier_and_no_copy():
-    config = MemoryConfig(host_bytes=2 * BYTES)
+    config = MemoryConfig(host_bytes=2 * BYTES, eviction="lru")
     host = RecordTiers.beside(torch.device("cpu"), config)
     first = record()
     assert host.put("a", first) is first
@@ -95,6 +95,45 @@ def test_without_a_device_there_is_one_tier_and_no_copy():
     assert host.device.nbytes == 0
     with pytest.raises(ConfigError, match="device_bytes"):
         MemoryConfig(device_bytes=-1)
+    with pytest.raises(ConfigError, match="value, lru"):
+        MemoryConfig(eviction="fifo")
+
+
+def test_a_record_that_is_used_again_and_again_outlives_many_that_are_read_once():
+    kept = {}
+    for eviction in ("value", "lru"):
+        both, _ = tiers(host=4, device=0, eviction=eviction)
+        for i in range(60):
+            name = f"hot {i // 2 % 2}" if i % 2 else f"once {i}"
+            if both.get(name) is None:
+                both.put(name, record(2))
+        kept[eviction] = sum(name.startswith("hot") for name in both.host.records)
+        assert both.occupancy()["host"]["nbytes"] == 4 * BYTES
+    assert kept == {"value": 2, "lru": 1}
+
+
+def test_a_record_that_is_worth_less_than_what_it_would_push_out_goes_past_the_tier():
+    both, moves = tiers(host=1, device=1, eviction="value")
+    both.put("hot", record())
+    for _ in range(9):
+        both.get("hot")
+    held = both.put("once", record())
+    assert (moves.of(held), both.holds("hot"), both.holds("once")) == ("host", "device", "host")
+    assert (both.demote("hot"), both.holds("once")) == ("host", "disk")
+    assert both.demote("hot") == both.demote("hot") == "disk"
+
+
+def test_a_device_that_fails_takes_nothing_from_those_that_are_there():
+    def broken(record):
+        raise RuntimeError("out of memory")
+
+    both, moves = tiers(host=2, device=2, eviction="value")
+    both.put("a", record())
+    both._to_device = broken
+    with pytest.raises(RuntimeError):
+        both.put("b", record(2))
+    assert both.holds("a") == "device"
+    assert both.device.nbytes == BYTES
 
 
 operations = st.tuples(
@@ -102,9 +141,9 @@ operations = st.tuples(
 )
 
 
-@given(st.lists(operations, max_size=60), st.integers(0, 6), st.integers(0, 5))
-def test_bytes_are_exact_whatever_happens(todo, host, device):
-    both, moves = tiers(host, device)
+@given(st.lists(operations, max_size=60), st.integers(0, 6), st.integers(0, 5), st.sampled_from(EVICTIONS))
+def test_bytes_are_exact_whatever_happens(todo, host, device, eviction):
+    both, moves = tiers(host, device, eviction)
     latest: dict[str, KVRecord] = {}
     for what, key, tokens in todo:
         if what == "put":
