@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from memos_engine.memory.costs import Pricer
-from memos_engine.memory.items import KV, SKIP, TEXT, loads
+from memos_engine.memory.items import KV, SKIP, TEXT, loads, values
 from memos_engine.memory.plan import Plan, PlanInput, PlanRequest, Segment, Skipped
-from memos_engine.memory.scheduler import MemScheduler, as_numbers, items_of
+from memos_engine.memory.scheduler import MemScheduler, as_numbers, ideal_value, items_of
 
 OURS = "memos_engine"
 
@@ -70,7 +70,11 @@ class Fixed(MemScheduler):
         inside = {segment.cube_id for segment in segments}
         skipped = tuple(Skipped(one.cube_id, "full", one.score) for one in order if one.cube_id not in inside)
         share = self.policy.share if float(np.asarray(load.again)) > 0 else 0.0
-        return Plan(segments, skipped, share, budget, forecast=self.forecast(price, load))
+        graded = self.quality.of(self.policy.share, min(request.max_memories, len(fit)))
+        value = float(values(items, forms, graded)[0]) if len(order) else 0.0
+        best = max(ideal_value(items, request.max_memories), 1e-9)
+        quality = value / best if len(order) else 1.0
+        return Plan(segments, skipped, share, budget, quality, forecast=self.forecast(price, load))
 
 
 def scheduler_of(policy: Policy | None, base: MemScheduler, ages: dict[str, int]) -> MemScheduler:

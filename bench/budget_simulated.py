@@ -14,7 +14,7 @@ import math
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from memos_engine.bench.budget_policies import OURS, POLICIES, Policy, scheduler_of
@@ -27,15 +27,21 @@ from memos_engine.bench.stats import p95
 from memos_engine.memory.costs import CostTable, Frame
 from memos_engine.memory.plan import KVAvailability, Plan, PlanInput, PlanRequest
 from memos_engine.memory.scheduler import MemScheduler
-from memos_engine.memory.value import Held, Keeper
+from memos_engine.memory.value import Keeper, Pace
+from memos_engine.outlook import SMOOTH
 
 BUDGETS = (80.0, 120.0, 200.0, 500.0, 1000.0)
 CUBES = (1_000_000, 20_000)  # with --quick the second
 REQUESTS = (6000, 400)
 RATE = 1000.0  # requests a second
 LOADS = (0.6, 0.9, 1.2)  # work that comes, over what the engines can do without budgets
-KV_BYTES, HOST_BYTES = 64 << 30, 8 << 30
+KV_BYTES, HOST_BYTES = 256 << 30, 32 << 30
+PACE = Pace(half_life=60.0, phase=20.0)  # seconds
+GHOSTS = 200_000
+WARM_UP = 10  # times as many requests fill the tiers, and a fifth more is planned but not counted
+SAVED_MS = 0.33  # a token's prefill less its splice
 TAIL, HEAD, RELATED = 24, 31, 4
+SERVICE_MS = 60.0  # what a request takes about: sets the number of engines for a load
 # What the simulated machine is slower or faster at than the scheduler's table, and how it wavers.
 TRUTH = {"forward": 1.15, "splice": 0.8, "fetch": 1.4, "probe": 1.1}
 NOISE, STALLS, STALL_MS = 0.06, 0.002, 300.0
@@ -51,8 +57,9 @@ NOTES = (
     "Simulated time. A thousand requests a second about a million memories; as many engines as give the load "
     "that the row names. Each engine does one request after the other; the one with the least slack goes "
     "first (or the oldest: admission fifo). Budgets are drawn from 80, 120, 200, 500 and 1000 ms.",
-    f"The simulated machine differs from the scheduler's table ({', '.join(f'{k} x {v}' for k, v in TRUTH.items())}"
-    f"), wavers by {NOISE:.0%} and stalls for {STALL_MS:g} ms once in {1 / STALLS:g} requests; none of it is told.",
+    "The simulated machine differs from the scheduler's table "
+    f"({', '.join(f'{name} x {factor}' for name, factor in TRUTH.items())}), wavers by {NOISE:.0%} and stalls "
+    f"for {STALL_MS:g} ms once in {1 / STALLS:g} requests; none of it is told.",
     "quality: what the scheduler's own model expects of the plan against the best one without a budget, mean "
     "over requests; a request that misses its budget counts as it is.",
 )
@@ -85,16 +92,14 @@ class World:
             out.append(PlanInput(str(key), score, memory.tokens, kv, score))
         return out
 
-    def used(self, plan: Plan, now: float) -> None:
+    def used(self, keys: Sequence[int], now: float) -> None:
         """After a reply: records that lacked are built where they are worth it, those used stay near."""
-        for segment in plan.segments:
-            key = int(segment.cube_id)
+        for key in keys:
             memory = self.memories[key]
-            saved = memory.tokens * 0.33
             for keeper in (self.stored, self.host):
                 keeper.used(key, now, memory.user)
                 if key not in keeper.held:
-                    keeper.put(key, Held(memory.nbytes, saved), now)
+                    keeper.offer(key, memory.nbytes, memory.tokens * SAVED_MS, now)
 
 
 @dataclass(order=True)
@@ -137,27 +142,30 @@ class Simulation:
         base = MemScheduler(TABLE)
         self.scheduler = scheduler_of(policy, base, {})
         self.world = World(
-            memories(self.workload, options.seed), Keeper(KV_BYTES), Keeper(HOST_BYTES), each,
+            memories(self.workload, options.seed), Keeper(KV_BYTES, PACE, GHOSTS), Keeper(HOST_BYTES, PACE, GHOSTS), each,
             random.Random(f"world/{options.seed}"),
         )  # fmt: skip
         self.requests = options.rounds(*REQUESTS)
         self.seed = options.seed
+        self.busy = 0.0
         self.done: list[Waiting] = []
         self.finished: list[float] = []
 
     def run(self) -> Row:
         """Plays all requests; the first fifth warms up."""
         warm = self.requests // 5
-        engines = [Engine() for _ in range(max(1, round(RATE * 45.0 / 1e3 / self.load)))]
-        for number, event in enumerate(events(self.workload, self.seed, self.requests + warm)):
+        engines = [Engine() for _ in range(max(1, round(RATE * SERVICE_MS / 1e3 / self.load)))]
+        fill = WARM_UP * self.requests
+        for number, event in enumerate(events(self.workload, self.seed, fill + warm + self.requests)):
+            if number < fill:
+                self.world.used(event.wanted, event.time)
+                continue
             now = event.time * 1e3
             for engine in engines:
                 self._serve(engine, now)
             engine = min(engines, key=lambda one: one.backlog(now, math.inf))
-            budget = self.rng.choice(BUDGETS)
-            one = self._planned(event, engine, now, budget)
-            heapq.heappush(engine.queue, one)
-            if number == warm:
+            heapq.heappush(engine.queue, self._planned(event, engine, now, self.rng.choice(BUDGETS)))
+            if number == fill + warm:
                 self.done.clear()
                 self.finished.clear()
         for engine in engines:
@@ -170,9 +178,9 @@ class Simulation:
         latest = now + budget - 30.0
         queue = engine.backlog(now, latest if self.slack else math.inf)
         queue /= factors.get("queue", 1.0)
-        request = PlanRequest(
-            "auto", 6000, 8, 0.0, None, budget, frame=Frame(HEAD, 15, 0, TAIL, 0, queue, spent)
-        )
+        self.busy += SMOOTH * ((queue > 0) - self.busy)
+        frame = Frame(HEAD, 15, 0, TAIL, 0, queue, spent, self.busy)
+        request = PlanRequest("auto", 6000, 8, 0.0, None, budget, frame=frame)
         plan = self.scheduler.plan(self.world.candidates(event), request)
         forecast = plan.forecast
         assert forecast is not None
@@ -187,7 +195,9 @@ class Simulation:
     def _serve(self, engine: Engine, now: float) -> None:
         """Finishes what the engine has begun by now."""
         while engine.queue and engine.free_at <= now:
-            ready = [one for one in engine.queue if one.at + one.actual["spent"] <= max(engine.free_at, one.at)]
+            ready = [
+                one for one in engine.queue if one.at + one.actual["spent"] <= max(engine.free_at, one.at)
+            ]
             one = min(ready or engine.queue)
             engine.queue.remove(one)
             heapq.heapify(engine.queue)
@@ -200,7 +210,7 @@ class Simulation:
             self.scheduler.residuals.promised(
                 forecast.total_ms - one.actual["spent"], ttft - one.actual["spent"]
             )
-            self.world.used(one.plan, one.at / 1e3)
+            self.world.used([int(s.cube_id) for s in one.plan.segments], one.at / 1e3)
             self.done.append(one)
             self.finished.append(ttft)
 
@@ -232,7 +242,12 @@ class Simulation:
 def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
     """The result document of `bench budget --simulate`; a unit is a load, or the promotion replay."""
     document = Document("budget-simulated", options)
-    variants: list[tuple[Policy | None, bool]] = [(None, True), (None, False), (POLICIES[0], True), (POLICIES[1], True)]
+    variants: list[tuple[Policy | None, bool]] = [
+        (None, True),
+        (None, False),
+        (POLICIES[0], True),
+        (POLICIES[1], True),
+    ]
     total = len(LOADS) * len(variants) + 1
     for number, load in enumerate(LOADS):
         unit = f"load {load:g}"
@@ -246,17 +261,5 @@ def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
         document.add(unit, rows)
     if not document.has("promotion"):
         progress("promotion by value", total - 1, total)
-        document.add("promotion", *_promotion(options))
+        document.add("promotion", promotion_rows(seeds=(100, 101)) if options.quick else promotion_rows())
     return document.finish()
-
-
-def _promotion(options: Options) -> tuple[list[Row], list[Row]]:
-    rows = promotion_rows() if not options.quick else promotion_rows(seeds=(100, 101))
-    return [replace_none(row) for row in rows], []
-
-
-def replace_none(row: Row) -> Row:
-    return {name: value for name, value in row.items() if value is not None}
-
-
-_ = replace

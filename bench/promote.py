@@ -90,9 +90,10 @@ def replay(
 
 
 def followed_in(runs: Sequence[Replayed], fresh: Sequence[Replayed], shift: int = SHIFT) -> int | None:
-    """Requests after the shift until the time is nearly, and stays, that of a policy that began empty at the shift, and
-    so has nothing to unlearn; all seeds together. None: never. What nobody asked for before has to be read
-    as text once, whatever the policy: against what it was before the shift nothing could be measured."""
+    """Requests after the shift until the time is nearly, and stays, that of a policy that began empty at the
+    shift, and so has nothing to unlearn; all seeds together. None: never. What nobody asked for before has to
+    be read as text once, whatever the policy: against what it was before the shift nothing could be
+    measured."""
     end, late = min(len(run.ttft) for run in fresh), 0
     for first in range(end - WINDOW):
         ours = sum(sum(run.ttft[shift + first : shift + first + WINDOW]) for run in runs)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from random import Random
 
 
@@ -94,10 +95,10 @@ class Zipf:
     """Ranks 0, 1, ... with probability proportional to 1 / (rank + 1) ** s."""
 
     def __init__(self, n: int, s: float) -> None:
-        self.weights = [1.0 / (rank + 1) ** s for rank in range(n)]
+        self.heights = list(accumulate(1.0 / (rank + 1) ** s for rank in range(n)))
 
     def draw(self, random: Random) -> int:
-        return random.choices(range(len(self.weights)), self.weights)[0]
+        return random.choices(range(len(self.heights)), cum_weights=self.heights)[0]
 
 
 class _User:

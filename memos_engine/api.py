@@ -246,10 +246,12 @@ class MemoryEngine:
 
     def after_reply(self, prepared: Prepared) -> None:
         """Off the request's path: records use, builds the KV that memories lack, lets the canary look."""
-        if self.store is None or not prepared.plan.segments:
+        used = [segment.cube_id for segment in prepared.plan.segments]
+        if self.store is None or not (used or prepared.lacking):
             return
         try:
-            self.store.record_use(prepared.principal, [s.cube_id for s in prepared.plan.segments])
+            if used:
+                self.store.record_use(prepared.principal, used)
         except MemosEngineError as error:
             log.warning("memos_engine: the use of memories was not recorded: %s", error)
         if self.config.build and self.activation is not None and prepared.lacking:

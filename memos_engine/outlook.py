@@ -13,6 +13,7 @@ from memos_engine.memory.costs import CostTable, Frame
 from memos_engine.memory.plan import KnownPrefix
 
 MOST_OWNERS = 256
+SMOOTH = 1 / 32  # what a request counts in the share of those that found the engine busy
 ORDERS = 8  # newest orders of text that are remembered of each owner
 
 
@@ -35,12 +36,15 @@ class Outlook:
         self.decoder = decoder
         self._orders: OrderedDict[bytes, deque[tuple[tuple[int, ...], tuple[str, ...]]]] = OrderedDict()
         self._lock = threading.Lock()
+        self._busy = 0.0  # share of late requests that found others at work
 
     def frame(self, around: Surroundings, costs: CostTable) -> Frame:
         """The request's surroundings as the cost model sees them, now."""
         head = len(around.head)
         reused = 0 if around.behind else self.decoder.reusable(around.head, around.root)
-        queue = sum(float(costs.rows_ms(float(rows))) for rows in self.decoder.ahead())
+        ahead = self.decoder.ahead()
+        queue = sum(float(costs.rows_ms(float(rows))) for rows in ahead)
+        self._busy += SMOOTH * (bool(ahead) - self._busy)
         return Frame(
             head=head,
             head_rows=head - reused,
@@ -48,6 +52,7 @@ class Outlook:
             tail=len(around.tail),
             behind=around.behind,
             queue_ms=queue,
+            busy=self._busy,
         )
 
     def known(self, around: Surroundings, texts: dict[str, tuple[int, ...]]) -> list[KnownPrefix]:

@@ -31,6 +31,7 @@ log = logging.getLogger("memos_engine")
 
 SPANS = 4096  # memories whose token ids are kept
 WIDER = 2  # under a budget so many times more candidates are weighed than may enter
+NEEDED = 0.05  # probability of being needed from which a memory that stayed out gets its KV built
 LONG_TURNS = 2  # memories that a conversation holds from which on it counts as one that must cohere
 Recall = Callable[[int], list[Candidate]]
 
@@ -165,7 +166,10 @@ class Preparer:
             "plan": since() - retrieved - planned.fetch_ms,
         }
         cubes = {c.cube.id: c.cube for c in candidates}
-        lacking = [cubes[s.cube_id] for s in plan.segments if not stored[s.cube_id].whole]
+        wanted = [s.cube_id for s in plan.segments]
+        if budget is not None:  # what stayed out for want of time is there as KV the next time
+            wanted += [s.cube_id for s in plan.skipped if s.need >= NEEDED][:limit]
+        lacking = [cubes[one] for one in wanted if one in stored and not stored[one].whole]
         return Prepared(
             spans, self._foreseen(plan, bool(candidates)), principal, lacking, timings,
             whole=not behind, start=since.start, around=around, schedule_ms=planned.schedule_ms,

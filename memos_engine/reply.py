@@ -17,9 +17,10 @@ from memos_engine.outlook import Surroundings
 @dataclass(frozen=True)
 class Prepared:
     """A request ready for the decoder: its spans, the plan behind them, and what preparing cost. lacking:
-    memories of the plan that lack a record. whole: the spans are the whole prompt, no conversation stands
-    before them. start: when the call began, on the clock of `time.perf_counter`. around: what the plan was
-    made for. schedule_ms: what deciding took, a part of planning."""
+    memories of the plan, or that only time kept out of it, that lack a record. whole: the spans are the whole
+    prompt, no conversation stands before them. start: when the call began, on the clock of
+    `time.perf_counter`. around: what the plan was made for. schedule_ms: what deciding took, a part of
+    planning."""
 
     spans: list[Span]
     plan: Plan

@@ -163,8 +163,8 @@ class RecordTiers:
             return "device" if key in self.device.records else "host" if key in self.host.records else "disk"
 
     def put(self, key: str, record: KVRecord) -> KVRecord:
-        """Takes a record that was read or built; returns it as it is held now, or as it came where it is worth
-        less than all that would make way."""
+        """Takes a record that was read or built; returns it as it is held now, or as it came where it is
+        worth less than all that would make way."""
         with self._lock:
             self.device.take(key)
             self.host.take(key)

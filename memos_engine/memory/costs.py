@@ -144,7 +144,8 @@ class Frame:
     head: in front of the memories; head_rows: how many of these are computed (the others are in pages),
     head_rows_kv: the same where KV follows, and the anchor comes from its record.
     tail: behind them, always computed. behind: of a conversation before all this. queue_ms: until the
-    request's first forward begins, of others' work. spent_ms: since the call, before planning.
+    request's first forward begins, of others' work. spent_ms: since the call, before planning. busy: share
+    of late requests that found others at work, 0 to 1.
     """
 
     head: int = 0
@@ -154,6 +155,7 @@ class Frame:
     behind: int = 0
     queue_ms: float = 0.0
     spent_ms: float = 0.0
+    busy: float = 0.0
 
 
 @dataclass(frozen=True)

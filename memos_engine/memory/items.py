@@ -14,6 +14,7 @@ Floats = npt.NDArray[np.float64]
 Forms = npt.NDArray[np.int8]
 Indices = npt.NDArray[np.intp]
 SKIP, TEXT, KV = 0, 1, 2
+EQUAL = 1e-6  # values nearer than this are the same
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,9 @@ def values(items: Items, forms: Forms, quality: Floats | float) -> Floats:
         there = forms != SKIP
         worth = worth - (there[:, first] & there[:, second]) @ twice
     return np.asarray(worth, np.float64)
+
+
+def fastest(worth: Floats, ms: Floats, enough: float) -> int:
+    """The fastest choice that is worth enough; where none is, the fastest of the most valuable ones."""
+    near = worth >= min(enough, float(worth.max())) - EQUAL
+    return int(np.argmin(np.where(near, ms, np.inf)))

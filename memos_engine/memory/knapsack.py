@@ -14,48 +14,49 @@ from itertools import combinations, product
 import numpy as np
 
 from memos_engine.memory.costs import Pricer
-from memos_engine.memory.items import KV, TEXT, Choice, Floats, Forms, Items, loads, values
+from memos_engine.memory.items import KV, TEXT, Choice, Forms, Items, fastest, loads, values
 from memos_engine.memory.relaxation import many
 
 PATTERNS = 2200  # eight candidates of which four may enter have 1,697
-EQUAL = 1e-6  # values nearer than this are the same
 
 
 def search(
-    items: Items, shares: Sequence[tuple[float, float]], price: Pricer, budget: float, room: int, most: int
+    items: Items,
+    shares: Sequence[tuple[float, float]],
+    price: Pricer,
+    budget: float,
+    room: int,
+    most: int,
+    give: float = 0.0,
 ) -> tuple[list[Choice], float]:
     """The best choice for each (share, quality) that has one, and a value that no choice with any of them
-    exceeds. An empty choice counts only without a share.
+    exceeds. An empty choice counts only without a share. give: share of the best value that is given for
+    speed: of all choices with the rest of it, the fastest.
 
     price: milliseconds of a load; room: tokens that fit; most: memories that may enter.
     """
     forms = _patterns(len(items), min(most, len(items)))
     if forms is None:
-        return many(items, shares, price, budget, room, most)
+        return many(items, shares, price, budget, room, most, give)
     able = np.stack([np.ones(len(items)), items.text, items.kv])  # [form, item]: 0 where it is not allowed
     good = np.all(able[forms, np.arange(len(items))] > 0, axis=1)
     good &= np.all(forms[:, : items.cached] == TEXT, axis=1)
     good &= ((forms == TEXT) @ items.text + (forms == KV) @ items.kv) <= room
     forms = forms[good]
     forms = forms[price(loads(items, forms, 0.0)) <= budget]  # a share only adds to that
-    out = []
+    weighed = []
     for share, quality in shares:
         load = loads(items, forms, share)
         ms = price(load)
         fits = (ms <= budget) & ((np.asarray(load.again) > 0) if share else True)
         if fits.any():
-            some, ms = forms[fits], ms[fits]
-            worth = values(items, some, quality)
-            best = _best(worth, ms)
-            value = float(worth[best])
-            out.append(Choice(share, tuple(some[best].tolist()), value, float(ms[best])))
-    return out, max((one.value for one in out), default=0.0)
-
-
-def _best(worth: Floats, ms: Floats) -> int:
-    """The most valuable; of equals the fastest."""
-    near = worth >= worth.max(initial=-np.inf) - EQUAL
-    return int(np.argmin(np.where(near, ms, np.inf)))
+            weighed.append((share, forms[fits], values(items, forms[fits], quality), ms[fits]))
+    bound = max((float(worth.max()) for *_, worth, _ in weighed), default=0.0)
+    out = []
+    for share, some, worth, ms in weighed:
+        at = fastest(worth, ms, (1 - give) * bound)
+        out.append(Choice(share, tuple(some[at].tolist()), float(worth[at]), float(ms[at])))
+    return out, bound
 
 
 @lru_cache(maxsize=64)

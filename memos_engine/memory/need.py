@@ -40,4 +40,4 @@ def features(scores: Sequence[float], relevances: Sequence[float]) -> npt.NDArra
     return np.stack(columns, axis=1).reshape(len(relevance), 5)
 
 
-DEFAULT_NEED = NeedModel(-3.0, 1.5, 1.0, 2.5, -0.5)
+DEFAULT_NEED = NeedModel(-4.944, 0.924, 1.175, 3.627, -0.604)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memos_engine.memory.costs import Load, Pricer
-from memos_engine.memory.items import KV, SKIP, TEXT, Choice, Floats, Forms, Items, loads, values
+from memos_engine.memory.items import KV, SKIP, TEXT, Choice, Floats, Forms, Items, fastest, loads, values
 
 PRICES = np.concatenate([[0.0], np.geomspace(5e-3, 1.0, 11)])  # of a millisecond, in the best gain for one
 ROOMS = np.asarray([0.0, 0.2, 0.7])  # of a token, likewise
@@ -32,7 +32,13 @@ class _Limits:
 
 
 def many(
-    items: Items, shares: Sequence[tuple[float, float]], price: Pricer, budget: float, room: int, most: int
+    items: Items,
+    shares: Sequence[tuple[float, float]],
+    price: Pricer,
+    budget: float,
+    room: int,
+    most: int,
+    give: float = 0.0,
 ) -> tuple[list[Choice], float]:
     """As `knapsack.search`, but the choices are good rather than best, and the bound is above them."""
     limits = _Limits(price, budget, room, most)
@@ -49,25 +55,25 @@ def many(
     forms, which = gains.choices()
     ok, ms = _fitting(items, forms, share[which], limits)
     worth = values(items, forms, quality[which])
-    out = []
+    bound = float(bounds.max())
+    if not ok.any():
+        return [], bound
+    enough = (1 - give) * float(worth[ok].max())
+    out: list[Found] = []
     for at in range(len(share)):
         here = np.flatnonzero(ok & (which == at))
-        if not len(here):
-            continue
-        best = here[int(np.argmax(worth[here] - 1e-9 * ms[here]))]
-        out.append(
-            (forms[best], float(share[at]), float(quality[at]), float(worth[best]), float(ms[best]), at)
-        )
-    bound = float(bounds.max())
-    if not out:
-        return [], bound
+        if len(here):
+            best = here[fastest(worth[here], ms[here], enough)]
+            chosen = forms[best]
+            out.append((chosen, float(share[at]), float(quality[at]), float(worth[best]), float(ms[best])))
     top = max(range(len(out)), key=lambda i: out[i][3])
-    out[top] = _filled(items, out[top], limits)
-    choices = [Choice(s, tuple(chosen.tolist()), value, took) for chosen, s, _, value, took, _ in out]
+    if not give:
+        out[top] = _filled(items, out[top], limits)
+    choices = [Choice(s, tuple(chosen.tolist()), value, took) for chosen, s, _, value, took in out]
     return choices, max(bound, *(one.value for one in choices))
 
 
-Found = tuple[Forms, float, float, float, float, int]
+Found = tuple[Forms, float, float, float, float]
 
 
 def _lines(items: Items, share: Floats, limits: _Limits) -> tuple[Floats, Floats, Floats]:
@@ -176,7 +182,7 @@ def _fitting(
 
 def _filled(items: Items, found: Found, limits: _Limits) -> Found:
     """The choice with what still fits: of all single further steps the most valuable, FILLS times."""
-    forms, share, quality, value, ms, at = found
+    forms, share, quality, value, ms = found
     n = len(items)
     text, kv = (items.text > 0).tolist(), (items.kv > 0).tolist()
     able = [(TEXT,) * text[i] + (KV,) * kv[i] for i in range(n)]
@@ -194,4 +200,4 @@ def _filled(items: Items, found: Found, limits: _Limits) -> Found:
         if worth[best] <= value + 1e-6:
             break
         forms, value, ms = tried[best], float(worth[best]), float(took[best])
-    return forms, share, quality, value, ms, at
+    return forms, share, quality, value, ms

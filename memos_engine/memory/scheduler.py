@@ -16,8 +16,8 @@ import numpy as np
 
 from memos_engine.errors import MemoryInputError
 from memos_engine.memory.costs import CostTable, Load, Pricer, default_table
-from memos_engine.memory.items import KV, SKIP, TEXT, Choice, Floats, Items, loads, values
-from memos_engine.memory.knapsack import EQUAL, search
+from memos_engine.memory.items import EQUAL, KV, SKIP, TEXT, Choice, Floats, Items, loads, values
+from memos_engine.memory.knapsack import search
 from memos_engine.memory.need import DEFAULT_NEED, NeedModel
 from memos_engine.memory.plan import (
     Forecast,
@@ -36,6 +36,7 @@ SHARES = (0.0, 0.05, 0.1, 0.15, 0.25, 0.4, 0.6)
 MOST = 64  # candidates that are weighed
 MANY = 16  # candidates beyond which only every other share is tried
 PROMISE = 0.97  # share of requests that shall keep their budget
+BUSY = 0.5  # share of requests that find others at work, from which on quality is given for speed in full
 PREFERENCE = 0.01  # of a memory's value, that a form the policies do not prefer loses
 SHORT = 64  # tokens up to which a memory that shall enter as text does so although KV is there
 MEBI = float(1 << 20)
@@ -157,6 +158,8 @@ class MemScheduler:
         if request.recompute is not None:
             shares = (min(request.recompute, SHARES[-1]),)
         graded = [(share, self.quality.of(share, most)) for share in shares]
+        # An idle machine gives a request all its time; on a busy one, time is taken from others.
+        give = request.tolerance * min(1.0, request.frame.busy / BUSY)
         found: list[tuple[Choice, list[PlanInput], Items]] = []
         bound = 0.0
         plain = items_of(fit, request)
@@ -166,7 +169,7 @@ class MemScheduler:
                 continue
             items = plain if known is None else items_of(ordered, request, len(known.cube_ids))
             choices, most_possible = search(
-                items, graded, price, budget, request.max_memory_tokens, request.max_memories
+                items, graded, price, budget, request.max_memory_tokens, request.max_memories, give
             )
             found += [(choice, ordered, items) for choice in choices]
             bound = max(bound, most_possible)
@@ -178,9 +181,10 @@ class MemScheduler:
             )
             skipped = tuple(_skip(one, "not even the bare query meets the budget") for one in fit)
             return Plan((), skipped, 0.0, budget, 0.0, 0.0, False, empty, notes=(note,))
-        best = max(found, key=lambda one: (round(one[0].value, 6), -one[0].ms))
-        choice, ordered, items = best
-        ideal = max(_ideal(plain, request.max_memories), choice.value, 1e-9)
+        enough = (1 - give) * max(one.value for one, _, _ in found)
+        near = [one for one in found if one[0].value >= enough - EQUAL]
+        choice, ordered, items = best = min(near, key=lambda one: (one[0].ms, -one[0].value))
+        ideal = max(ideal_value(plain, request.max_memories), choice.value, 1e-9)
         load = loads(items, np.asarray([choice.forms], np.int8), choice.share)
         forecast = self.forecast(price, as_numbers(load))
         taken, reasons = _arranged(choice, ordered, items)
@@ -318,7 +322,7 @@ def as_numbers(load: Load) -> Load:
     return Load(**{name: float(np.ravel(getattr(load, name))[0]) for name in names})
 
 
-def _ideal(items: Items, most: int) -> float:
+def ideal_value(items: Items, most: int) -> float:
     """Value of the best memories in their best form, were there time."""
     top = np.argsort(-items.need, kind="stable")[:most]
     forms = np.zeros((1, len(items)), np.int8)
@@ -393,7 +397,12 @@ def _rejected(
             continue
         top = max(here, key=lambda one: (one.value, -one.ms))
         if top is not best:
-            why = "slower, and no better" if top.value >= best.value - EQUAL else "promises less"
+            slower = (
+                "slower, and no better"
+                if top.value <= best.value + EQUAL
+                else "better, but slow for a busy engine"
+            )
+            why = slower if top.value >= best.value - EQUAL else "promises less"
             forms = tuple(names[form] for form in top.forms)
             out.append(Option(share, forms, top.value / ideal, top.ms, why))
     return tuple(out)
