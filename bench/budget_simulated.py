@@ -29,6 +29,7 @@ from memos_engine.memory.plan import KVAvailability, Plan, PlanInput, PlanReques
 from memos_engine.memory.scheduler import MemScheduler
 from memos_engine.memory.value import Keeper, Pace
 from memos_engine.outlook import SMOOTH
+from memos_engine.preparing import NEEDED
 
 BUDGETS = (80.0, 120.0, 200.0, 500.0, 1000.0)
 CUBES = (1_000_000, 20_000)  # with --quick the second
@@ -210,7 +211,9 @@ class Simulation:
             self.scheduler.residuals.promised(
                 forecast.total_ms - one.actual["spent"], ttft - one.actual["spent"]
             )
-            self.world.used([int(s.cube_id) for s in one.plan.segments], one.at / 1e3)
+            inside = [int(s.cube_id) for s in one.plan.segments]
+            outside = [int(s.cube_id) for s in one.plan.skipped if s.need >= NEEDED]
+            self.world.used(inside + outside, one.at / 1e3)
             self.done.append(one)
             self.finished.append(ttft)
 
@@ -242,12 +245,8 @@ class Simulation:
 def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
     """The result document of `bench budget --simulate`; a unit is a load, or the promotion replay."""
     document = Document("budget-simulated", options)
-    variants: list[tuple[Policy | None, bool]] = [
-        (None, True),
-        (None, False),
-        (POLICIES[0], True),
-        (POLICIES[1], True),
-    ]
+    text, kv = POLICIES[:2]
+    variants: list[tuple[Policy | None, bool]] = [(None, True), (None, False), (text, True), (kv, True)]
     total = len(LOADS) * len(variants) + 1
     for number, load in enumerate(LOADS):
         unit = f"load {load:g}"
