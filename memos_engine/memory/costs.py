@@ -78,7 +78,7 @@ class CostTable:
     @cached_property
     def hull(self) -> tuple[tuple[float, float], ...]:
         """The lower convex hull of the forwards, far beyond the last one too: a curve nowhere above them."""
-        far = 8 * self.forward[-1][0]
+        far = 1000 * self.forward[-1][0]
         hull: list[tuple[float, float]] = []
         for x, y in (*self.forward, (far, float(self.rows_ms(float(far))))):
             while len(hull) > 1 and _turn(hull[-2], hull[-1], (x, y)) <= 0:

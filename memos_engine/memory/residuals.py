@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 WINDOW = 64  # newest requests that a stage's factor is the median of
 PROMISES = 256  # newest requests whose totals say how far predictions may be off
-PRIOR = 8  # how many measured requests the calibration's own opinion weighs as much as
+PRIOR = 8  # measured requests that the calibration's own opinion counts as, less and less over WINDOW
 SMALL_MS = 0.05  # below this a time is noise, not a stage
 LIMIT = math.log(8)  # a stage's factor stays within an eighth and eight times the table
 WILD = math.log(1000)
@@ -69,7 +69,7 @@ class Residuals:
 
     def quantile(self, share: float) -> float:
         """Factor on a predicted total that a `share` of requests stays below: measured, with the
-        calibration's normal distribution counting as PRIOR further requests."""
+        calibration's normal distribution counting as some further requests while there are few."""
         with self._lock:
             if share not in self._quantiles:
                 self._quantiles[share] = math.exp(self._quantile(share))
@@ -91,7 +91,7 @@ class Residuals:
             measured = measured[~stalled]
         values = np.concatenate([measured, normal])
         weights = np.ones(len(values))
-        weights[len(measured) :] = PRIOR / len(normal)
+        weights[len(measured) :] = PRIOR * max(1e-9, 1 - len(measured) / WINDOW) / len(normal)
         order = np.argsort(values)
         reached = np.cumsum(weights[order]) / weights.sum()
         return float(values[order][min(int(np.searchsorted(reached, share)), len(values) - 1)])

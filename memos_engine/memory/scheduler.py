@@ -36,7 +36,6 @@ SHARES = (0.0, 0.05, 0.1, 0.15, 0.25, 0.4, 0.6)
 MOST = 64  # candidates that are weighed
 MANY = 16  # candidates beyond which only every other share is tried
 PROMISE = 0.97  # share of requests that shall keep their budget
-BUSY = 0.5  # share of requests that find others at work, from which on quality is given for speed in full
 PREFERENCE = 0.01  # of a memory's value, that a form the policies do not prefer loses
 SHORT = 64  # tokens up to which a memory that shall enter as text does so although KV is there
 MEBI = float(1 << 20)
@@ -158,8 +157,9 @@ class MemScheduler:
         if request.recompute is not None:
             shares = (min(request.recompute, SHARES[-1]),)
         graded = [(share, self.quality.of(share, most)) for share in shares]
-        # An idle machine gives a request all its time; on a busy one, time is taken from others.
-        give = request.tolerance * min(1.0, request.frame.busy / BUSY)
+        # An idle machine gives a request all its time; on a busy one, time is taken from others, and waiting
+        # grows faster than load.
+        give = request.tolerance * request.frame.busy**2
         found: list[tuple[Choice, list[PlanInput], Items]] = []
         bound = 0.0
         plain = items_of(fit, request)
