@@ -39,7 +39,7 @@ LOADS = (0.6, 0.9, 1.2)  # work that comes, over what the engines can do without
 KV_BYTES, HOST_BYTES = 256 << 30, 32 << 30
 PACE = Pace(half_life=60.0, phase=20.0)  # seconds
 GHOSTS = 200_000
-WARM_UP = 10  # times as many requests fill the tiers; a fifth more is planned but not counted
+WARM_UP = 10  # times as many requests fill the tiers; a fifth more is planned, not counted
 SAVED_MS = 0.33  # a token's prefill less its splice
 TAIL, HEAD, RELATED = 24, 31, 4
 SERVICE_MS = 60.0  # what a request takes about: sets the number of engines for a load

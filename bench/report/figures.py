@@ -8,6 +8,7 @@ from typing import Any
 
 from memos_engine.bench.report import charts
 from memos_engine.bench.report.charts import Bar, Group, Level, Line
+from memos_engine.bench.report.figures_budget import budget
 from memos_engine.bench.report.figures_more import kernels, load, roofline, table5
 from memos_engine.bench.report.palette import SPLICED, STYLES, row_name, series_role
 from memos_engine.bench.report.plots import Drawing
@@ -40,6 +41,7 @@ def drawings(document: Document) -> list[Drawing]:
         "kernels": kernels,
         "roofline": roofline,
         "load": load,
+        "budget": budget,
         "paper-table5": table5,
     }
     maker = makers.get(clean(document.get("bench")))

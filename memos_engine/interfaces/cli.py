@@ -198,7 +198,7 @@ def chat(
         with notes.status("getting ready"):
             person = engine.ready().user(user_name(user))
         if question is not None:
-            _answer(person, question, params, None, as_json)
+            _answer(person, question, params, None, as_json, explain)
             return
         notes.print("Type a message; /remember TEXT stores a memory, an empty line ends.", style="dim")
         while line := _ask():
@@ -207,7 +207,7 @@ def chat(
                     cube = person.remember(line.removeprefix("/remember").strip())
                     notes.print(f"Remembered as {cube.id}.", style="dim")
                 else:
-                    _answer(person, line, params, "chat", as_json)
+                    _answer(person, line, params, "chat", as_json, explain)
             except (MemoryInputError, ContextLengthError) as error:
                 if not sys.stdin.isatty():
                     raise
@@ -221,7 +221,9 @@ def _ask() -> str:
         return ""
 
 
-def _answer(person: Any, question: str, params: Any, session: str | None, as_json: bool) -> None:
+def _answer(
+    person: Any, question: str, params: Any, session: str | None, as_json: bool, explain: bool
+) -> None:
     def show(piece: str) -> None:
         print(piece, end="", flush=True)
 
@@ -243,11 +245,16 @@ def _answer(person: Any, question: str, params: Any, session: str | None, as_jso
                 "timings_ms": {name: round(ms, 2) for name, ms in reply.timings.items()},
                 "plan": reply.plan.explain(),
             }
+            | ({"report": reply.plan.report()} if explain or reply.plan.budget_ms is not None else {})
         )
     else:
         print()
         used = [f"{form} {cube_id}" for cube_id, form in reply.forms.items()]
         notes.print(f"first token {reply.ttft_ms:.0f} ms; memories: {', '.join(used) or 'none'}", style="dim")
+        if explain:
+            from memos_engine.interfaces.doctor import show_plan
+
+            show_plan(reply.plan.report(), notes)
 
 
 def _memories_table(rows: Sequence[tuple[Any, float | None]]) -> None:
@@ -310,11 +317,20 @@ def doctor(
     store: Annotated[
         Path | None, typer.Option(envvar="MEMOS_ENGINE_STORE", help="Also check this store.")
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure what requests cost here, for plans under a budget.")
+    ] = False,
+    model: ModelOption = "smollm2",
+    dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Say what is installed, which kernels run, and whether a store is sound."""
-    from memos_engine.interfaces.doctor import examine, show
+    """Say what is installed, which kernels run, and whether a store is sound; or measure this machine."""
+    from memos_engine.interfaces.doctor import calibrated, examine, show, show_costs
 
+    if calibrate:
+        costs = calibrated(model, dtype, notes)
+        emit(costs) if as_json else show_costs(costs, console)
+        return
     report = examine(store)
     emit(report) if as_json else show(report, console)
 

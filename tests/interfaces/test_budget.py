@@ -13,6 +13,7 @@ import torch
 from memos_engine import DecoderConfig, MemoryConfig, MemoryEngine, SamplingParams, attach, detach, planning
 from memos_engine.calibration import calibrate, load_costs, save_costs
 from memos_engine.config import ConfigError
+from memos_engine.decoder.sequence import TextSpan
 from memos_engine.errors import MemoryInputError, PayloadError
 from memos_engine.memory.embed import HashingEmbedder
 from memos_engine.memory.scheduler import MemScheduler
