@@ -59,8 +59,8 @@ NOTES = (
     "that the row names. Each engine does one request after the other; the one with the least slack goes "
     "first (or the oldest: admission fifo). Budgets are drawn from 80, 120, 200, 500 and 1000 ms.",
     "The simulated machine differs from the scheduler's table "
-    f"({', '.join(f'{name} x {factor}' for name, factor in TRUTH.items())}), wavers by {NOISE:.0%} and stalls "
-    f"for {STALL_MS:g} ms once in {1 / STALLS:g} requests; none of it is told.",
+    f"({', '.join(f'{name} x {factor}' for name, factor in TRUTH.items())}), wavers by {NOISE:.0%} and "
+    f"stalls for {STALL_MS:g} ms once in {1 / STALLS:g} requests; none of it is told.",
     "quality: what the scheduler's own model expects of the plan against the best one without a budget, mean "
     "over requests; a request that misses its budget counts as it is.",
 )

@@ -25,8 +25,8 @@ def budget(rows: Sequence[Row]) -> list[Drawing]:
         _drawing(
             "budget-quality", "What a time to first token buys", kl, "budget, ms (log scale)",
             "KL from the best plan, nats (log scale), lower is better",
-            "KL divergence from full prefill of all memories, mean over questions with its 95 % interval; every "
-            "policy is cut off where the same cost model says that the budget ends.", log_y=True,
+            "KL divergence from full prefill of all memories, mean over questions with its 95 % interval; "
+            "every policy is cut off where the same cost model says that the budget ends.", log_y=True,
         ),
         _drawing(
             "budget-kept", "Is the time kept?", met, "budget, ms (log scale)",
@@ -68,7 +68,8 @@ def _drawing(
         charts.lines(fig, narrow, lines, x, y, log_x=True, log_y=log_y, ticks=ticks)
 
     said = "; ".join(
-        f"{line.name}: {figure(line.y[0])} at {figure(line.x[0])} ms, {figure(line.y[-1])} at {figure(line.x[-1])}"
+        f"{line.name}: {figure(line.y[0])} at {figure(line.x[0])} ms, "
+        f"{figure(line.y[-1])} at {figure(line.x[-1])}"
         for line in lines
     )
     return Drawing(
