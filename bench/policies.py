@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
+from heapq import nlargest
 from typing import Protocol
 
 from memos_engine.memory.value import Keeper, Pace
@@ -23,20 +24,33 @@ class Policy(Protocol):
 
 
 class Value:
-    """memos_engine: `memory.value.Keeper`."""
+    """memos_engine: `memory.value.Keeper`; and, as `memory/transform.py` does between requests, what its user
+    asks for most by now comes in even where it was not asked for just then. ahead: so many at a time."""
 
-    def __init__(self, most: int, pace: Pace | None = None) -> None:
+    def __init__(self, most: int, pace: Pace | None = None, ahead: int = 3) -> None:
         self.keeper: Keeper[int] = Keeper(most, pace or Pace())
+        self.ahead = ahead
+        self.seen: dict[Hashable, dict[int, tuple[int, float]]] = {}  # bytes and milliseconds, by user
+        self.built: list[int] = []  # ahead of use, since the last look
 
     def holds(self, key: int) -> bool:
         return key in self.keeper.held
 
     def want(self, key: int, nbytes: int, saved_ms: float, now: float, group: Hashable = None) -> bool:
-        self.keeper.used(key, now, group)
-        if self.holds(key):
-            return True
-        self.keeper.offer(key, nbytes, saved_ms, now)
-        return False
+        keeper, seen = self.keeper, self.seen.setdefault(group, {})
+        seen[key] = nbytes, saved_ms
+        keeper.used(key, now, group)
+        held = self.holds(key)
+        if not held:
+            keeper.offer(key, nbytes, saved_ms, now)
+
+        def density(other: int) -> float:
+            return keeper.rate(other, now) * seen[other][1] / seen[other][0]
+
+        for other in nlargest(self.ahead, (k for k in seen if k not in keeper.held), key=density):
+            if keeper.offer(other, *seen[other], now) is not None:
+                self.built.append(other)
+        return held
 
 
 class Ranked:

@@ -79,10 +79,12 @@ def replay(
             done.host_hits += counts and warm
             done.disk_hits += counts and there and not warm
             done.misses += counts and not there
-            if not there and disk.holds(key):
+            ahead: list[int] = getattr(disk, "built", [])
+            for built in [*([key] if not there and disk.holds(key) and key not in ahead else []), *ahead]:
                 done.builds += 1
-                done.again += key in ever
-                ever.add(key)
+                done.again += built in ever
+                ever.add(built)
+            ahead.clear()
         work = known[event.wanted[0]].kind.work if event.wanted else 1.0
         done.ttft.append(costs.query_ms * work + spent)
         done.saved.append(sum(costs.text_ms(known[key]) for key in event.wanted) - spent)
@@ -90,10 +92,9 @@ def replay(
 
 
 def followed_in(runs: Sequence[Replayed], fresh: Sequence[Replayed], shift: int = SHIFT) -> int | None:
-    """Requests after the shift until the time is nearly, and stays, that of a policy that began empty at the
-    shift, and so has nothing to unlearn; all seeds together. None: never. What nobody asked for before has to
-    be read as text once, whatever the policy: against what it was before the shift nothing could be
-    measured."""
+    """Requests after the shift until the time is nearly, and stays, that of a policy that began empty at
+    the shift, and so has nothing to unlearn; all seeds together. None: never. What nobody asked for before
+    is read as text once, whatever the policy: against the time before the shift nothing could be said."""
     end, late = min(len(run.ttft) for run in fresh), 0
     for first in range(end - WINDOW):
         ours = sum(sum(run.ttft[shift + first : shift + first + WINDOW]) for run in runs)

@@ -141,10 +141,10 @@ class MemoryConfig:
     or as int8, at about half the bytes of bfloat16. contexts: what stands to the left of a memory while its
     KV for other slots than the first is made: the owner's own memories, neutral statements, or auto: own
     where there are at least 32. host_bytes: records kept in host memory. device_bytes: the same on a CUDA
-    device, in front of it. eviction: which of them make way, those of least value (docs/transformations.md)
-    or those longest unused (lru). canary: share of requests that are run again as full prefill, after the
-    reply; where the first token is more than canary_kl nats away in the mean, splicing is turned off for the
-    model.
+    device, in front of it. eviction: which of them make way, those of least value (value;
+    docs/transformations.md) or those longest unused (lru). canary: share of requests that are run again as
+    full prefill, after the reply; where the first token is more than canary_kl nats away in the mean,
+    splicing is turned off for the model.
     """
 
     form: str = "auto"
@@ -179,6 +179,4 @@ class MemoryConfig:
         _require(self.canary_kl > 0, f"canary_kl={self.canary_kl}: nats, more than 0.")
         _require(self.host_bytes >= 0, "host_bytes: must not be negative.")
         _require(self.device_bytes >= 0, "device_bytes: must not be negative.")
-        _require(
-            self.eviction in EVICTIONS, f"eviction={self.eviction!r}: use one of {', '.join(EVICTIONS)}."
-        )
+        _require(self.eviction in EVICTIONS, f"eviction={self.eviction!r}: value, lru.")

@@ -18,6 +18,7 @@ from memos_engine.memory.new import NewMemory
 from memos_engine.memory.store_access import AccessVerbs
 from memos_engine.memory.store_base import Clock, utc_now
 from memos_engine.memory.store_check import CheckVerbs
+from memos_engine.memory.store_combined import CombinedRows
 from memos_engine.memory.store_jobs import JobRows
 from memos_engine.memory.store_log import LogVerbs
 from memos_engine.memory.store_past import TimeVerbs
@@ -42,6 +43,7 @@ class MemoryStore(
     RetrievalRows,
     VectorRows,
     JobRows,
+    CombinedRows,
 ):
     """An open store; made by `MemoryStore.open`, usable by all threads of the process that opened it."""
 

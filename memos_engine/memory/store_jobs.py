@@ -203,8 +203,8 @@ class JobRows(StoreBase):
                 else:
                     self._wait(conn, job_id, "its worker was lost", now, now)
             row = conn.execute(
-                "SELECT id FROM job WHERE state = 'waiting' AND not_before <= ? AND kind IN (SELECT value FROM "
-                "json_each(?)) ORDER BY value DESC, created_at, id LIMIT 1",
+                "SELECT id FROM job WHERE state = 'waiting' AND not_before <= ? AND kind IN (SELECT value "
+                "FROM json_each(?)) ORDER BY value DESC, created_at, id LIMIT 1",
                 (now, json.dumps(list(kinds))),
             ).fetchone()
             if row is None:
@@ -307,7 +307,7 @@ class JobRows(StoreBase):
     @staticmethod
     def _wait(conn: sqlite3.Connection, job_id: str, reason: str, not_before: str, now: str) -> None:
         conn.execute(
-            "UPDATE job SET state = 'waiting', reason = ?, not_before = ?, worker = NULL, lease_until = NULL, "
-            "updated_at = ? WHERE id = ?",
+            "UPDATE job SET state = 'waiting', reason = ?, not_before = ?, worker = NULL, lease_until = "
+            "NULL, updated_at = ? WHERE id = ?",
             (reason[:_REASON], not_before, now, job_id),
         )

@@ -24,6 +24,7 @@ from memos_engine.memory.store_rows import append_audit, find, visible
 from memos_engine.memory.vault import BlobRef
 
 GRACE_S = 3600.0
+COMBINED = "combined:"  # begins the identity of a record of several memories: see `store_combined.py`
 _IDENTITY = re.compile(r"[!-~]{1,200}")  # printable ASCII without spaces
 _OFF = "splicing_off:"
 _REFS = "SELECT DISTINCT sha256, size, checksum FROM kv_artifact"
@@ -126,7 +127,10 @@ class KVRows(StoreBase):
         return stale
 
     def find_kv(self, principal: Principal, cube_id: str, identity: str) -> BlobRef | None:
-        """Where the memory's record of this identity is; None when there is none, or none to see."""
+        """Where the memory's record of this identity is; None when there is none, or none to see. Records of
+        several memories are found by `find_combined` alone, which asks for all of them."""
+        if identity.startswith(COMBINED):
+            return None
         where, params = visible(principal, self._now())
         with self._db.read() as conn:
             row = conn.execute(
@@ -141,7 +145,9 @@ class KVRows(StoreBase):
         with self._db.read() as conn:
             find(conn, principal, cube_id, self._now())
             rows = conn.execute(
-                "SELECT identity FROM kv_artifact WHERE cube_id = ? ORDER BY identity", (cube_id,)
+                "SELECT identity FROM kv_artifact WHERE cube_id = ? AND substr(identity, 1, ?) <> ? ORDER BY "
+                "identity",
+                (cube_id, len(COMBINED), COMBINED),
             )
             return [row[0] for row in rows]
 

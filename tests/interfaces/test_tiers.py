@@ -127,7 +127,7 @@ def test_a_device_that_fails_takes_nothing_from_those_that_are_there():
     def broken(record):
         raise RuntimeError("out of memory")
 
-    both, moves = tiers(host=2, device=2, eviction="value")
+    both, _ = tiers(host=2, device=2, eviction="value")
     both.put("a", record())
     both._to_device = broken
     with pytest.raises(RuntimeError):
