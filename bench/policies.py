@@ -29,7 +29,7 @@ class Value:
 
     def __init__(self, most: int, pace: Pace | None = None, ahead: int = 3) -> None:
         self.keeper: Keeper[int] = Keeper(most, pace or Pace())
-        self.ahead = ahead
+        self.ahead, self.looked = ahead, -1.0
         self.seen: dict[Hashable, dict[int, tuple[int, float]]] = {}  # bytes and milliseconds, by user
         self.built: list[int] = []  # ahead of use, since the last look
 
@@ -43,6 +43,9 @@ class Value:
         held = self.holds(key)
         if not held:
             keeper.offer(key, nbytes, saved_ms, now)
+        if now == self.looked:  # once a request
+            return held
+        self.looked = now
 
         def density(other: int) -> float:
             return keeper.rate(other, now) * seen[other][1] / seen[other][0]

@@ -200,20 +200,20 @@ def best_place(
     """Where a record is worth most: one of the places in `saved_ms`, or `here`.
 
     saved_ms: milliseconds that a use saves from each place, against the text (which saves 0). prices: of a
-    byte there, milliseconds in a unit of time. A move must gain more than `margin` of what is at stake, the
-    larger of use and price on either side; so that values that waver do not move anything. Ties stay.
+    byte there, milliseconds in a unit of time. A move must gain more than `margin` of what it is about, the
+    difference in what uses save or in what the bytes cost, whichever is larger; so that rates that waver
+    about the break-even do not move anything. Ties stay.
     """
 
-    def gain(place: str) -> float:
-        return rate * saved_ms.get(place, 0.0) - nbytes * prices.get(place, 0.0)
+    def use(place: str) -> float:
+        return rate * saved_ms.get(place, 0.0)
 
-    def stake(place: str) -> float:
-        return max(rate * saved_ms.get(place, 0.0), nbytes * prices.get(place, 0.0))
+    def cost(place: str) -> float:
+        return nbytes * prices.get(place, 0.0)
 
-    best = max(saved_ms, key=lambda place: (gain(place), place == here), default=here)
-    if best != here and gain(best) - gain(here) <= margin * max(stake(best), stake(here)):
-        return here
-    return best
+    best = max(saved_ms, key=lambda place: (use(place) - cost(place), place == here), default=here)
+    more, dearer = use(best) - use(here), cost(best) - cost(here)
+    return best if more - dearer > margin * max(abs(more), abs(dearer)) else here
 
 
 def price(densities: Iterable[float]) -> float:

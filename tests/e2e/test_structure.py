@@ -26,6 +26,7 @@ LAYER_OF = {
     "preparing": "meeting",
     "calibration": "meeting",
     "tiers": "meeting",
+    "transforming": "meeting",
     "reply": "meeting",
     "chats": "meeting",
     "prompt": "meeting",

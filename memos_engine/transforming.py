@@ -1,0 +1,303 @@
+"""The worker that carries transformation jobs out, between requests and never in front of one.
+
+It takes a job only while no request waits or runs, and looks again between memories; what it has done so far
+is kept, because a record that is there already is not built again: a job that is done twice, or from its
+middle, ends the same. Where the model goes, or a tier fails, the job goes back with the reason. Kinds that
+another part carries out (`distil`, `decode`) wait, and say so, until that part has registered.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from uuid import uuid4
+
+from memos_engine.activation import ANCHORED, ActivationMemory
+from memos_engine.decoder.identity import RecordIdentity, ids_digest
+from memos_engine.decoder.quantize import quantize_record
+from memos_engine.decoder.record import KVRecord, decode_record, encode_record
+from memos_engine.errors import ConflictError, MemoryNotFoundError, MemosEngineError, PayloadError, StoreError
+from memos_engine.memory.cube import MemCube
+from memos_engine.memory.governance import Principal
+from memos_engine.memory.store import MemoryStore
+from memos_engine.memory.store_jobs import LEASE_S, Job
+from memos_engine.memory.store_kv import COMBINED
+from memos_engine.memory.transform import KINDS, Action
+
+log = logging.getLogger("memos_engine")
+PAUSE_S = 1.0  # before a job that yielded is looked at again
+MODEL_S = 30.0  # before one whose model has gone is
+
+
+class Yielded(Exception):
+    """A request has come: the job goes back, with what it has done."""
+
+
+class Cancelled(Exception):
+    """The owner has cancelled the job."""
+
+
+# Carries a job out; calls `step(progress)` between parts, which may raise Yielded or Cancelled.
+Step = Callable[[float], None]
+Handler = Callable[[Job, Step], str]
+
+
+class Transformer:
+    """Jobs of one store, done with one model's activation memory (None: it was unloaded).
+
+    `with Transformer(store, activation):` works in a thread of its own; `run_once()` does one job here.
+    """
+
+    def __init__(
+        self,
+        store: MemoryStore,
+        activation: ActivationMemory | None,
+        *,
+        worker: str | None = None,
+        lease_s: float = LEASE_S,
+        every_s: float = 1.0,
+    ) -> None:
+        self.store = store
+        self.activation = activation
+        self.worker = worker or f"w{os.getpid()}_{uuid4().hex[:8]}"
+        self.lease_s, self.every_s = lease_s, every_s
+        self._handlers: dict[str, Handler] = {
+            "encode": self._encode,
+            "combine": self._combine,
+            "promote": self._promote,
+            "demote": self._demote,
+            "drop": self._drop,
+        }
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def register(self, kind: str, handler: Handler) -> None:
+        """Gives jobs of a kind to a handler, which returns a word on what it did; it raises MemosEngineError
+        where the attempt failed, and must bear being called again for what it did already."""
+        self._handlers[kind] = handler
+
+    def queue(self, principal: Principal, actions: Sequence[Action]) -> list[Job]:
+        """Makes jobs of a plan. Memories that have gone since are left out."""
+        jobs = []
+        for action in actions:
+            waits = "" if action.kind in self._handlers else self._waits_for(action.kind)
+            try:
+                job = self.store.queue_job(
+                    principal,
+                    action.kind,
+                    action.cube_ids,
+                    value=action.value,
+                    detail=action.detail,
+                    reason=waits,
+                )
+            except MemoryNotFoundError:
+                continue
+            jobs.append(job)
+        return jobs
+
+    @staticmethod
+    def _waits_for(kind: str) -> str:
+        return f"waits: nothing that does {kind!r} is registered with this engine"
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or runs."""
+        return self.activation is not None and not self.activation.decoder.idle
+
+    def run_once(self) -> Job | None:
+        """Does the most valuable job that is due; returns how it stands then. None: there was nothing to do,
+        or a request runs."""
+        if self.busy:
+            return None
+        missing = [kind for kind in KINDS if kind not in self._handlers]
+        for kind in missing:
+            self.store.explain_waiting([kind], self._waits_for(kind))
+        job = self.store.claim_job(self.worker, list(self._handlers), self.lease_s)
+        if job is None:
+            return None
+        try:
+            return self._carry_out(job)
+        except ConflictError as error:  # somebody else has it by now, or its memory was erased
+            log.debug("memos_engine: %s", error)
+            return None
+
+    def _carry_out(self, job: Job) -> Job:
+        def step(progress: float) -> None:
+            if self.store.renew_job(job, progress, self.lease_s):
+                raise Cancelled
+            if self.busy or self._stop.is_set():
+                raise Yielded
+
+        try:
+            return self.store.finish_job(job, self._handlers[job.kind](job, step))
+        except Cancelled:
+            return self.store.stop_job(job)
+        except Yielded:
+            return self.store.release_job(job, "made way for a request", PAUSE_S)
+        except ModelGone as error:
+            return self.store.release_job(job, str(error), MODEL_S)
+        except MemoryNotFoundError as error:
+            return self.store.fail_job(job, f"a memory of it is gone: {error.args[0]}", final=True)
+        except ConflictError:
+            raise
+        except (MemosEngineError, OSError, RuntimeError, MemoryError) as error:
+            log.warning("memos_engine: job %s (%s) failed and is tried again: %s", job.id, job.kind, error)
+            return self.store.fail_job(job, f"{type(error).__name__}: {error}")
+
+    # -- what it does by itself ------------------------------------------------------------------
+
+    def _model(self) -> ActivationMemory:
+        if self.activation is None:
+            raise ModelGone("waits: the model was unloaded")
+        off = self.store.splicing_off(self.activation.model)
+        if off is not None:
+            raise ModelGone(f"waits: splicing is turned off for this model: {off}")
+        return self.activation
+
+    def _cubes(self, job: Job) -> list[MemCube]:
+        return [self.store.get(job.owner, cube_id) for cube_id in job.cube_ids]
+
+    def _encode(self, job: Job, step: Step) -> str:
+        built = 0
+        for done, cube in enumerate(self._cubes(job)):
+            step(done / len(job.cube_ids))
+            built += self._model().build(job.owner, [cube])
+        return f"built the KV of {built} memories" if built else "the KV was there, or found no room"
+
+    def _keys(self, job: Job) -> list[tuple[str, MemCube]]:
+        """Keys of the records that the job's memories have now."""
+        model, found = self._model(), []
+        for cube in self._cubes(job):
+            ids = model.layout.memory(cube.body or "")
+            found += [
+                (identity.digest(), cube)
+                for identity in model.identities(job.owner, cube.id, ids).values()
+                if self.store.find_kv(job.owner, cube.id, identity.digest()) is not None
+            ]
+        return found
+
+    def _promote(self, job: Job, step: Step) -> str:
+        """Reads records into the best tier that takes them."""
+        model, moved = self._model(), 0
+        for done, cube in enumerate(self._cubes(job)):
+            step(done / len(job.cube_ids))
+            stored = model.find(job.owner, cube, model.layout.memory(cube.body or ""))
+            for form in stored.records:
+                model.load(stored, form)
+                moved += 1
+        return f"moved {moved} records up"
+
+    def _demote(self, job: Job, step: Step) -> str:
+        to, moved = str(job.detail.get("to", "disk")), 0
+        tiers = self._model().tiers
+        for key, _ in self._keys(job):
+            step(0.5)
+            while tiers.holds(key) not in (to, "disk"):
+                tiers.demote(key)
+                moved += 1
+        return f"moved down {moved} times"
+
+    def _drop(self, job: Job, step: Step) -> str:
+        """The records go, the text stays."""
+        keys = self._keys(job)
+        for key, _ in keys:
+            step(0.5)
+            self._model().tiers.drop(key)
+            self.store.drop_kv(key, "not worth its bytes")
+        return f"dropped {len(keys)} records; the text stays"
+
+    def _combine(self, job: Job, step: Step) -> str:
+        step(0.0)
+        return build_combined(self._model(), job.owner, self._cubes(job))
+
+    # -- a thread of its own ---------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Works in the background; starting twice is fine."""
+        if self._thread is None:
+            self._stop.clear()
+            self._thread = threading.Thread(target=self._run, name="memory-transformer", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Waits until the job under way has gone back at its next step; none begins after."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                done = self.run_once()
+            except StoreError as error:
+                log.warning("memos_engine: the store's jobs cannot be done now: %s", error)
+                done = None
+            if done is None or done.state == "waiting":
+                self._stop.wait(self.every_s)
+
+    def __enter__(self) -> Transformer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+class ModelGone(Exception):
+    """There is no model to do it with, now."""
+
+
+def combined_identity(
+    model: ActivationMemory, principal: Principal, cubes: Sequence[MemCube]
+) -> tuple[RecordIdentity, tuple[int, ...]]:
+    """The identity that the record of these memories, in this order, has; and its tokens."""
+    ids = tuple(token for cube in cubes for token in model.layout.memory(cube.body or ""))
+    anchored: Mapping[str, RecordIdentity] = model.identities(principal, cubes[0].id, ids)
+    return replace(anchored[ANCHORED], tokens=ids_digest(ids)), ids
+
+
+def build_combined(model: ActivationMemory, principal: Principal, cubes: Sequence[MemCube]) -> str:
+    """Encodes memories behind the anchor as one record, in which each has seen those before it. All of them
+    must be the caller's own."""
+    if not model.store.owns_all(principal, [cube.id for cube in cubes]) or len(cubes) < 2:
+        raise MemoryNotFoundError("one record is made of two memories or more, all of the caller's own.")
+    identity, ids = combined_identity(model, principal, cubes)
+    key, names = identity.digest(), [cube.id for cube in cubes]
+    if model.store.find_combined(principal, names, key) is not None:
+        return "the combined record was there"
+    k, v = model.decoder.encode_span(model.layout.anchor, ids)
+    record = KVRecord(k, v, ids, "", identity.anchor)
+    if identity.quantizer != "none":
+        record = quantize_record(record)
+    blob = model.store.vault.write(encode_record(record, identity))
+    for cube in cubes:  # a text that was changed meanwhile is not in it
+        if model.store.get(principal, cube.id).version != cube.version:
+            raise StoreError(f"memory {cube.id!r} changed while its combined record was built.")
+    first = cubes[0]
+    model.store.put_kv(
+        principal, first.id, first.version, f"{COMBINED}{key}", blob, record.num_tokens, names[1:]
+    )
+    return f"one record of {len(cubes)} memories"
+
+
+def load_combined(model: ActivationMemory, principal: Principal, cubes: Sequence[MemCube]) -> KVRecord | None:
+    """The record of exactly these memories, verified; None where there is none, or where the caller does not
+    see one of them now: each then goes in by itself."""
+    identity, _ = combined_identity(model, principal, cubes)
+    key = identity.digest()
+    blob = model.store.find_combined(principal, [cube.id for cube in cubes], key)
+    if blob is None:
+        return None
+    held = model.tiers.get(f"{COMBINED}{key}")
+    if held is not None:
+        return held
+    try:
+        record = decode_record(model.store.vault.read(blob), identity)
+    except PayloadError as error:
+        model.store.drop_kv(f"{COMBINED}{key}", error.reason)
+        return None
+    return model.tiers.put(f"{COMBINED}{key}", record)
