@@ -8,6 +8,7 @@ another part carries out (`distil`, `decode`) wait, and say so, until that part 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -229,10 +230,22 @@ class Transformer:
             self._thread.join()
             self._thread = None
 
+    def publish(self) -> None:
+        """Leaves word of the tiers in the store's directory, for `memos-engine top`."""
+        tiers = {} if self.activation is None else self.activation.tiers.occupancy()
+        said = {"at": self.store.now().isoformat(), "worker": self.worker, "tiers": tiers}
+        draft = self.store.directory / f"status.{self.worker}.tmp"
+        try:
+            draft.write_text(json.dumps(said))
+            draft.replace(self.store.directory / "status.json")
+        except OSError as error:
+            log.debug("memos_engine: nothing was said of the tiers: %s", error)
+
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
                 done = self.run_once()
+                self.publish()
             except StoreError as error:
                 log.warning("memos_engine: the store's jobs cannot be done now: %s", error)
                 done = None

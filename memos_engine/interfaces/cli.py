@@ -14,7 +14,7 @@ from rich.text import Text
 
 from memos_engine import __version__
 from memos_engine.errors import ContextLengthError, MemoryInputError, MemosEngineError
-from memos_engine.interfaces import cli_govern, cli_upkeep
+from memos_engine.interfaces import cli_govern, cli_top, cli_upkeep
 from memos_engine.interfaces.cli_bench import bench_app
 from memos_engine.interfaces.cli_cube import cube_app
 from memos_engine.interfaces.cli_store import DEFAULT_STORE, existing, standard_input, user_name
@@ -42,6 +42,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(cube_app, name="cube")
 cli_upkeep.register(cube_app)
 cli_govern.register(app)
+cli_top.register(app)
 
 
 def _engine(model: str, store: Path | None, decoder: dict[str, Any] | None = None, **memory: Any) -> Any:

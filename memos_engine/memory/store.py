@@ -25,6 +25,7 @@ from memos_engine.memory.store_past import TimeVerbs
 from memos_engine.memory.store_read import ReadVerbs
 from memos_engine.memory.store_retrieval import RetrievalRows
 from memos_engine.memory.store_sweep import SweepVerbs
+from memos_engine.memory.store_top import TopRows
 from memos_engine.memory.store_transfer import TransferVerbs
 from memos_engine.memory.store_vectors import VectorRows
 from memos_engine.memory.vault import FileSystem
@@ -44,6 +45,7 @@ class MemoryStore(
     VectorRows,
     JobRows,
     CombinedRows,
+    TopRows,
 ):
     """An open store; made by `MemoryStore.open`, usable by all threads of the process that opened it."""
 
