@@ -8,6 +8,7 @@ the reply, as the engine does it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
@@ -172,3 +173,34 @@ def variants(shift_at: int | None = SHIFT) -> dict[str, Workload]:
         "no shift": replace(base, shift_at=None),
         "flat reuse": replace(base, zipf=0.9),
     }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m memos_engine.bench.promote [--quick] [--out DIR]`: rows, and promotion.json and .png."""
+    from argparse import ArgumentParser
+    from pathlib import Path
+
+    from memos_engine.bench.report.figures_promote import promotion
+    from memos_engine.bench.report.plots import draw
+
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="Two seeds, the mixed workload.")
+    parser.add_argument("--out", type=Path, help="Where promotion.json and promotion.png go.")
+    asked = parser.parse_args(argv)
+    seeds = HELD_OUT[:2] if asked.quick else HELD_OUT
+    rows = promotion_rows(seeds)
+    main_three = ("memos_engine", "lru", "lfu", "gdsf")
+    for name, workload in variants().items():
+        if name != "mixed" and not asked.quick:
+            rows += promotion_rows(seeds[:10], workload=workload, policies=main_three, name=name)
+    for row in rows:
+        print(json.dumps(row))
+    if asked.out is not None:
+        asked.out.mkdir(parents=True, exist_ok=True)
+        (asked.out / "promotion.json").write_text(json.dumps({"bench": "promotion", "rows": rows}, indent=1))
+        for plot in draw(promotion(rows)):
+            (asked.out / f"{plot.name}.png").write_bytes(plot.png)
+
+
+if __name__ == "__main__":
+    main()

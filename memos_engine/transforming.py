@@ -23,10 +23,11 @@ from memos_engine.decoder.record import KVRecord, decode_record, encode_record
 from memos_engine.errors import ConflictError, MemoryNotFoundError, MemosEngineError, PayloadError, StoreError
 from memos_engine.memory.cube import MemCube
 from memos_engine.memory.governance import Principal
+from memos_engine.memory.lifecycle import LifecycleState
 from memos_engine.memory.store import MemoryStore
 from memos_engine.memory.store_jobs import LEASE_S, Job
 from memos_engine.memory.store_kv import COMBINED
-from memos_engine.memory.transform import KINDS, Action
+from memos_engine.memory.transform import KINDS, PLACES, TEXT, Action, Known, TransformPolicy, plan
 
 log = logging.getLogger("memos_engine")
 PAUSE_S = 1.0  # before a job that yielded is looked at again
@@ -44,6 +45,7 @@ class Cancelled(Exception):
 # Carries a job out; calls `step(progress)` between parts, which may raise Yielded or Cancelled.
 Step = Callable[[float], None]
 Handler = Callable[[Job, Step], str]
+SavedMs = Callable[[int, int], Mapping[str, float]]  # tokens and bytes of a record -> by place
 
 
 class Transformer:
@@ -98,6 +100,18 @@ class Transformer:
                 continue
             jobs.append(job)
         return jobs
+
+    def look(
+        self,
+        principal: Principal,
+        saved_ms: SavedMs,
+        prices: Mapping[str, float],
+        policy: TransformPolicy | None = None,
+        together: Mapping[tuple[str, str], float] | None = None,
+    ) -> list[Job]:
+        """Plans for an owner's memories as they are now, and queues the plan; see `transform.plan`."""
+        known = survey(self._model(), principal, saved_ms)
+        return self.queue(principal, plan(known, prices, policy, together))
 
     @staticmethod
     def _waits_for(kind: str) -> str:
@@ -258,6 +272,36 @@ class Transformer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def survey(
+    model: ActivationMemory, principal: Principal, saved_ms: SavedMs, limit: int = 1000
+) -> list[Known]:
+    """What is known of an owner's memories, the most valuable first, for `transform.plan`. saved_ms: what a
+    use of a record of so many tokens and bytes saves from each place, in milliseconds."""
+    spec, known = model.decoder.spec, []
+    width = 1 if model.config.kv_dtype == "int8" else model.decoder.runner.model.weights.dtype.itemsize
+    per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * width
+    now = model.store.now()
+    for worth in model.store.worths(principal, limit):
+        cube = worth.cube
+        stored = model.find(principal, cube, model.layout.memory(cube.body or ""))
+        held = {model.tiers.holds(identity.digest()) for identity, _ in stored.records.values()}
+        nbytes = worth.nbytes or 2 * worth.tokens * per_token  # two records: behind the anchor, and averaged
+        known.append(
+            Known(
+                cube.id,
+                f"{cube.owner.tenant}\x1f{cube.owner.user}",
+                worth.per_day / 86400,
+                nbytes,
+                saved_ms(worth.tokens, nbytes),
+                max(held, key=PLACES.index, default=TEXT),
+                cube.semantic_type,
+                (now - cube.updated_at).total_seconds(),
+                frozen=cube.state is LifecycleState.FROZEN,
+            )
+        )
+    return known
 
 
 class ModelGone(Exception):

@@ -73,8 +73,8 @@ class TopRows(StoreBase):
             kv = {
                 row[0]: row[1:]
                 for row in conn.execute(
-                    "SELECT k.cube_id, count(*), sum(k.size), max(k.tokens) FROM kv_artifact k JOIN cube c ON "
-                    f"c.id = k.cube_id WHERE {where} AND k.version = c.version GROUP BY k.cube_id",
+                    "SELECT k.cube_id, count(*), sum(k.size), max(k.tokens) FROM kv_artifact k JOIN cube c "
+                    f"ON c.id = k.cube_id WHERE {where} AND k.version = c.version GROUP BY k.cube_id",
                     params,
                 )
             }

@@ -200,3 +200,24 @@ def test_the_thread_works_and_stops(engine, alice):
                 break
             work._stop.wait(0.02)
     assert stored(engine, alice, cube).whole
+
+
+def test_a_look_encodes_what_is_used_and_drops_what_is_not(engine, work, alice):
+    used, idle = alice.remember("My dog is called Biscuit."), alice.remember("Alice lives in Paris.")
+    engine.activation.build(alice.principal, [idle])
+    engine.store.record_use(alice.principal, [used.id] * 5)
+
+    def saved(tokens, nbytes):
+        return {"disk": 0.6 * tokens, "host": 0.7 * tokens}
+
+    def look():
+        jobs = work.look(alice.principal, saved, {"disk": 1e-11, "host": 1e-3})
+        return {(job.kind, *job.cube_ids) for job in jobs}
+
+    assert look() == {("encode", used.id), ("drop", idle.id)}
+    assert look() == {("encode", used.id), ("drop", idle.id)}
+    assert len(engine.store.jobs(states=["waiting"])) == 2  # queued once
+    assert {work.run_once().kind for _ in range(2)} == {"encode", "drop"}
+    assert look() == {("demote", used.id)}  # built, it lies in host memory, which is dear
+    assert work.run_once().state == "done"
+    assert look() == set()
