@@ -42,7 +42,7 @@ def promotion(rows: Sequence[Row]) -> list[Drawing]:
             groups.append(Group(workload, tuple(bars)))
     if not groups:
         return []
-    title = "Which KV records are kept: value against LRU, LFU and peers at equal bytes"
+    title = "Value against LRU, LFU and peers, at equal bytes"
     caption = "Mean TTFT of replayed workloads, on seeds that nothing was chosen on."
     said = "; ".join(f"{g.title}: " + ", ".join(f"{b.name} {b.text}" for b in g.bars) for g in groups)
 
