@@ -221,3 +221,24 @@ def test_a_look_encodes_what_is_used_and_drops_what_is_not(engine, work, alice):
     assert look() == {("demote", used.id)}  # built, it lies in host memory, which is dear
     assert work.run_once().state == "done"
     assert look() == set()
+
+
+def test_a_tier_that_stalls_past_the_lease_and_ends_after_all(engine, alice):
+    """Another worker has taken the job meanwhile and done it: what the first one brings changes nothing."""
+    cube = alice.remember("My dog is called Biscuit.")
+    slow = Transformer(engine.store, engine.activation, worker="slow", lease_s=0.0)
+    other = Transformer(engine.store, engine.activation, worker="other")
+    slow.queue(alice.principal, [Action("encode", (cube.id,), 1.0, "")])
+    write, taken = engine.store.vault.write, []
+
+    def stalling(data):
+        engine.store.vault.write = write
+        taken.append(other.run_once())
+        return write(data)
+
+    engine.store.vault.write = stalling
+    assert slow.run_once() is None
+    assert [job.state for job in taken] == ["done"]
+    assert [(job.state, job.attempts) for job in engine.store.jobs()] == [("done", 2)]
+    assert stored(engine, alice, cube).whole
+    assert engine.store.check().sound
