@@ -46,8 +46,8 @@ def planner_rows(base: MemScheduler) -> list[dict[str, Any]]:
     for count in COUNTS:
         taken: list[float] = []
         gaps: list[float] = []
-        for repeat in range(REPEATS):
-            some = candidates(count, repeat)
+        sets = [candidates(count, repeat) for repeat in range(REPEATS)]
+        for repeat, some in enumerate(sets):
             budget = BUDGETS[repeat % len(BUDGETS)]
             request = PlanRequest(
                 "auto", 6000, 32 if count > 16 else 8, 0.0, None, budget, frame=Frame(31, 15, 0, 20)

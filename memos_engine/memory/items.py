@@ -74,10 +74,16 @@ def loads(items: Items, forms: Forms, share: Floats | float) -> Load:
     text, kv = (forms == TEXT).astype(np.float64), (forms == KV).astype(np.float64)
     rows, cached = (text @ items.text_columns).T
     spliced, records, disk, mib = (kv @ items.kv_columns).T
+    return Load(rows, cached, spliced, again(items, forms, spliced, share), records, disk, mib)
+
+
+def again(items: Items, forms: Forms, spliced: Floats, share: Floats | float) -> Floats:
+    """`[p]`: tokens that are computed again: a share of the spliced ones, none of them in an exact slot 0."""
+    if not len(items) or (np.ndim(share) == 0 and share == 0):
+        return np.zeros(len(forms))
     first, exact = _exact(items, forms)
-    loose = spliced - exact * items.kv[first] if len(items) else spliced
-    again = np.minimum(loose, np.round(np.asarray(share) * spliced))
-    return Load(rows, cached, spliced, again, records, disk, mib)
+    loose = spliced - exact * items.kv[first]
+    return np.asarray(np.minimum(loose, np.round(np.asarray(share) * spliced)), np.float64)
 
 
 def _exact(items: Items, forms: Forms) -> tuple[Indices, npt.NDArray[np.bool_]]:

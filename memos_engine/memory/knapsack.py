@@ -1,23 +1,23 @@
 """The best choice of memories and forms within a budget: a multiple-choice knapsack, once for each share of
 tokens that may be computed again.
 
-Up to PATTERNS ways of filling a request all of them are priced, with the true costs, and the best is the
+Up to WAYS ways of filling a request all of them are priced, with the true costs, and the best is the
 best. Where there are more, `relaxation.py` finds a good one, and says how much better any other could be.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import combinations, product
+from dataclasses import replace
 
 import numpy as np
 
 from memos_engine.memory.costs import Pricer
-from memos_engine.memory.items import KV, TEXT, Choice, Forms, Items, fastest, loads, values
+from memos_engine.memory.items import KV, SKIP, TEXT, Choice, Forms, Items, again, fastest, loads, values
 from memos_engine.memory.relaxation import many
 
-PATTERNS = 2200  # eight candidates of which four may enter have 1,697
+WAYS = 2600  # of seven candidates with KV each there are 2,187
 
 
 def search(
@@ -35,18 +35,16 @@ def search(
 
     price: milliseconds of a load; room: tokens that fit; most: memories that may enter.
     """
-    forms = _patterns(len(items), min(most, len(items)))
+    forms = _ways(items)
     if forms is None:
         return many(items, shares, price, budget, room, most, give)
-    able = np.stack([np.ones(len(items)), items.text, items.kv])  # [form, item]: 0 where it is not allowed
-    good = np.all(able[forms, np.arange(len(items))] > 0, axis=1)
-    good &= np.all(forms[:, : items.cached] == TEXT, axis=1)
-    good &= ((forms == TEXT) @ items.text + (forms == KV) @ items.kv) <= room
-    forms = forms[good]
+    forms = forms[(forms != SKIP).sum(1) <= most]
+    forms = forms[((forms == TEXT) @ items.text + (forms == KV) @ items.kv) <= room]
     forms = forms[price(loads(items, forms, 0.0)) <= budget]  # a share only adds to that
+    plain = loads(items, forms, 0.0)
     weighed = []
     for share, quality in shares:
-        load = loads(items, forms, share)
+        load = replace(plain, again=again(items, forms, np.asarray(plain.kv), share))
         ms = price(load)
         fits = (ms <= budget) & ((np.asarray(load.again) > 0) if share else True)
         if fits.any():
@@ -59,20 +57,17 @@ def search(
     return out, bound
 
 
-@lru_cache(maxsize=64)
-def _patterns(n: int, most: int) -> Forms | None:
-    """All choices `[p, n]` of at most `most` memories; None where there are too many."""
-    count, total = 1, 1
-    for k in range(1, most + 1):
-        count = count * (n - k + 1) // k
-        total += count * 2**k
-        if total > PATTERNS:
-            return None
-    rows = np.zeros((total, n), np.int8)
-    at = 1
-    for k in range(1, most + 1):
-        for where in combinations(range(n), k):
-            for how in product((TEXT, KV), repeat=k):
-                rows[at, where] = how
-                at += 1
-    return rows
+def _ways(items: Items) -> Forms | None:
+    """All ways to fill a request `[p, n]`, counted like the digits of a number; None: there are too many."""
+    able: list[tuple[int, ...]] = []
+    for i, (text, kv) in enumerate(zip((items.text > 0).tolist(), (items.kv > 0).tolist(), strict=True)):
+        able.append((TEXT,) if i < items.cached else (SKIP, *(TEXT,) * text, *(KV,) * kv))
+    total = math.prod(map(len, able))
+    if total > WAYS:
+        return None
+    rows, stride = np.arange(total), 1
+    forms = np.zeros((total, len(able)), np.int8)
+    for i, choices in enumerate(able):
+        forms[:, i] = np.asarray(choices, np.int8)[rows // stride % len(choices)]
+        stride *= len(choices)
+    return forms

@@ -18,8 +18,11 @@ import numpy.typing as npt
 from memos_engine.memory.costs import Load, Pricer
 from memos_engine.memory.items import KV, SKIP, TEXT, Choice, Floats, Forms, Items, fastest, loads, values
 
-PRICES = np.concatenate([[0.0], np.geomspace(5e-3, 1.0, 11)])  # of a millisecond, in the best gain for one
+# Prices of a millisecond that are tried, in the best gain for one; then those around the best of these.
+COARSE = np.concatenate([[1e-6], np.geomspace(3e-3, 1.0, 6)])
+FINE = np.geomspace(0.5, 8.0, 12)  # upwards: true costs are above the lines, so true prices are, too
 ROOMS = np.asarray([0.0, 0.2, 0.7])  # of a token, likewise
+NEAR = 16  # likeliest memories that are tried for that
 FILLS = 1  # memories that are added to the best choice
 
 
@@ -50,9 +53,16 @@ def many(
         return [], 0.0
     share, quality, start = share[open_], quality[open_], start[open_]
     text_ms, kv_ms = text_ms[open_], kv_ms[open_]
-    gains = _Gains(items, quality, text_ms, kv_ms, limits)
-    bounds = gains.bounds(budget - start)
-    forms, which = gains.choices()
+    # What does not even fit alone, at its lower cost, is in no choice.
+    text_ms[text_ms > (budget - start)[:, None]] = np.inf
+    kv_ms[kv_ms > (budget - start)[:, None]] = np.inf
+    lines, left = (text_ms, kv_ms), budget - start
+    coarse = _Gains(items, quality, lines, limits, np.broadcast_to(COARSE, (len(share), len(COARSE))))
+    near, bounds = coarse.bounds(left)
+    gains = _Gains(items, quality, lines, limits, near[:, None] * FINE)
+    bounds = np.minimum(bounds, gains.bounds(left)[1])
+    tried = coarse.choices(), gains.choices()
+    forms, which = np.concatenate([one for one, _ in tried]), np.concatenate([of for _, of in tried])
     ok, ms = _fitting(items, forms, share[which], limits)
     worth = values(items, forms, quality[which])
     bound = float(bounds.max())
@@ -103,22 +113,26 @@ class _Gains:
     """What each memory gains at each set of prices: `[shares, prices, rooms, n]`."""
 
     def __init__(
-        self, items: Items, quality: Floats, text_ms: Floats, kv_ms: Floats, limits: _Limits
+        self, items: Items, quality: Floats, lines: tuple[Floats, Floats], limits: _Limits, prices: Floats
     ) -> None:
-        self.items, self.limits = items, limits
+        self.items, self.limits, self.prices = items, limits, prices
+        text_ms, kv_ms = lines
         n, cached = len(items), items.cached
         self.places = max(0, limits.most - cached)
         self.room = limits.room - float(items.text[:cached].sum())
         none = -np.inf
         text = np.where(items.text > 0, items.need * items.text_worth, none)
         kv = np.where(items.kv > 0, items.need * items.kv_worth * quality[:, None], none)
-        text, kv = np.broadcast_to(text, kv.shape).copy(), kv
+        text = np.where(np.isfinite(text_ms), text, none)
+        kv = np.where(np.isfinite(kv_ms), kv, none)
         text[:, :cached] = kv[:, :cached] = none
+        text_ms, kv_ms = np.nan_to_num(text_ms, posinf=0.0), np.nan_to_num(kv_ms, posinf=0.0)
         best = np.maximum(text / np.maximum(text_ms, 1e-6), kv / np.maximum(kv_ms, 1e-6)).max(1, initial=1e-9)
         dearest = np.maximum(text, kv).max(1, initial=1e-9) / max(1.0, float(items.text.mean()) if n else 1.0)
-        tight = float(items.text.sum()) > limits.room
+        longest = np.sort(np.maximum(items.text, items.kv))[::-1][: limits.most]
+        tight = float(longest.sum()) > limits.room
         rooms = ROOMS if tight else ROOMS[:1]
-        self.ms = best[:, None, None] * PRICES[None, :, None]  # the price of a millisecond
+        self.ms = best[:, None, None] * prices[:, :, None]  # the price of a millisecond
         self.tokens = dearest[:, None, None] * rooms[None, None, :]
         ms, tokens = self.ms[..., None], self.tokens[..., None]
         self.text = text[:, None, None] - ms * text_ms[:, None, None] - tokens * items.text
@@ -136,10 +150,11 @@ class _Gains:
         )
         self.fixed = float((items.need * items.text_worth)[:cached].sum())
 
-    def bounds(self, left: Floats) -> Floats:
-        """`[s]`: the least that any set of prices leaves possible with so many milliseconds."""
+    def bounds(self, left: Floats) -> tuple[Floats, Floats]:
+        """`[s]`, twice: the best price of a millisecond of those tried, and the least value that it and the
+        other prices leave possible with so many milliseconds."""
         if self.places == 0:
-            return np.full(len(left), self.fixed)
+            return self.prices[:, 0], np.full(len(left), self.fixed)
         net = np.maximum(self.gain - self.place[..., None], 0.0)
         total = net.sum(-1) + self.place * self.places
         first, second, twice = self.items.pairs
@@ -149,7 +164,9 @@ class _Gains:
                 used |= {i, j}
                 total = total - np.minimum(less, np.minimum(net[..., i], net[..., j]))
         total = total + self.ms * left[:, None, None] + self.tokens * self.room
-        return np.asarray(total.min((1, 2)) + self.bonus + self.fixed, np.float64)
+        by_price = total.min(2)
+        best = by_price.argmin(1)
+        return self.prices[np.arange(len(best)), best], by_price.min(1) + self.bonus + self.fixed
 
     def choices(self) -> tuple[Forms, npt.NDArray[np.intp]]:
         """Choices `[p, n]` to try, and the share that each belongs to. Of memories that say the same, the
@@ -186,7 +203,8 @@ def _filled(items: Items, found: Found, limits: _Limits) -> Found:
     n = len(items)
     text, kv = (items.text > 0).tolist(), (items.kv > 0).tolist()
     able = [(TEXT,) * text[i] + (KV,) * kv[i] for i in range(n)]
-    free = range(items.cached, n)
+    likely = np.argsort(-items.need * (forms != TEXT), kind="stable")[:NEAR]
+    free = [int(i) for i in likely if i >= items.cached]
     for _ in range(FILLS):
         steps = [(i, form) for i in free for form in able[i] if forms[i] not in (form, TEXT)]
         if not steps:

@@ -34,7 +34,8 @@ from memos_engine.memory.residuals import Residuals
 
 SHARES = (0.0, 0.05, 0.1, 0.15, 0.25, 0.4, 0.6)
 MOST = 64  # candidates that are weighed
-MANY = 16  # candidates beyond which only every other share is tried
+FEW_SHARES = (0.0, 0.1, 0.4)
+MANY = 16  # candidates beyond which only these are tried
 PROMISE = 0.97  # share of requests that shall keep their budget
 PREFERENCE = 0.01  # of a memory's value, that a form the policies do not prefer loses
 SHORT = 64  # tokens up to which a memory that shall enter as text does so although KV is there
@@ -153,7 +154,7 @@ class MemScheduler:
 
     def _within(self, fit: Sequence[PlanInput], request: PlanRequest, price: Pricer, budget: float) -> Plan:
         most = min(request.max_memories, len(fit))
-        shares: tuple[float, ...] = SHARES if len(fit) <= MANY else SHARES[::2]
+        shares: tuple[float, ...] = SHARES if len(fit) <= MANY else FEW_SHARES
         if request.recompute is not None:
             shares = (min(request.recompute, SHARES[-1]),)
         graded = [(share, self.quality.of(share, most)) for share in shares]
