@@ -40,7 +40,8 @@ NOTES = (
     f"{MEMORIES} memories enter a request.",
     "The fixed policies take memory after memory in their order and form, as long as the same cost model "
     "promises the budget; text stands in where no KV is stored. Every policy learns its own residuals, and "
-    "begins with empty pages and tiers; some requests before the first measured one are not counted.",
+    "begins with empty pages and tiers; some requests before the first measured one are not counted. Every "
+    "user's index has been read before.",
     "excluded: requests whose bare query, without retrieval and memories, takes longer than the budget. "
     "met: of the others, those whose first token came in time. predicted error: median of |predicted / "
     "actual - 1| of the time to first token, predicted when the plan was made.",

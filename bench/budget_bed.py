@@ -108,6 +108,7 @@ class Bed:
                         record = replace(made[paragraph][form], identity="")
                         activation._put(person.principal, cube, record, identity)
                 self.stored_bytes += sum(record.nbytes for record in made[paragraph].values())
+            person.recall("anything", k=1)  # reads the user's index, as a service has done before long
             tell("building the store", number + 1, len(self.people))
         activation.tiers.host.most = max(1 << 20, int(HELD * self.stored_bytes))
         activation.evict()
