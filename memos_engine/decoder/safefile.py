@@ -20,7 +20,7 @@ from memos_engine.errors import AdapterError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER = 8 << 20
-_ZIP, _PICKLE = b"PK", b"\x80"
+_DISGUISED = {b"PK\x03\x04": "zip", b"\x80": "pickle"}
 
 
 def read_whole(folder: Path, name: str, limit: int) -> memoryview:
@@ -94,14 +94,14 @@ def parse(data: memoryview, what: str) -> tuple[dict[str, Tensor], Mapping[str, 
 
     The tensors must fill the file without gap or overlap, as the format asks. Raises AdapterError.
     """
-    head = bytes(data[:2])
-    if head == _ZIP or head[:1] == _PICKLE:
-        raise AdapterError(
-            f"{what} is a {'zip' if head == _ZIP else 'pickle'} in disguise: opening it could run code, so "
-            "it is refused. Save the adapter with save_pretrained(..., safe_serialization=True)."
-        )
     size = int.from_bytes(data[:8], "little") if len(data) >= 8 else -1
     if not 2 <= size <= min(MAX_HEADER, len(data) - 8):
+        for start, kind in _DISGUISED.items():
+            if data[: len(start)] == start:
+                raise AdapterError(
+                    f"{what} is a {kind} in disguise: opening it could run code, so it is refused. Save the "
+                    "adapter with save_pretrained(..., safe_serialization=True)."
+                )
         raise AdapterError(f"{what} is no safetensors file, or cut short; export the adapter again.")
     header = strict_json(data[8 : 8 + size], f"the header of {what}")
     metadata = header.pop("__metadata__", {})
