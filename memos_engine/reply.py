@@ -32,7 +32,8 @@ class Reply:
     """An answer and how it came about.
 
     ttft_ms: from the call to the first token, retrieval included. timings: milliseconds by stage (retrieve,
-    fetch, plan, splice, prefill). plan: every candidate memory, the form chosen and why.
+    fetch, plan, splice, prefill). plan: every candidate memory, the form chosen and why. adapter: which one
+    was active, or why the one asked for was not; empty where none was asked for.
     """
 
     text: str
@@ -43,6 +44,7 @@ class Reply:
     plan: Plan
     stats: Stats
     timings: dict[str, float] = field(default_factory=dict)
+    adapter: str = ""
 
     @property
     def forms(self) -> dict[str, str]:

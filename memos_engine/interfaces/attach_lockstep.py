@@ -137,8 +137,9 @@ class Lockstep:
         return True
 
     def _add(self, prompt: Prompt) -> Sequence:
+        bound = {} if prompt.bound is None else {"adapter": prompt.bound}
         return self.engine.add_request(
-            prompt.spans, self.params, prompt.root, sampled=False, recompute=prompt.recompute
+            prompt.spans, self.params, prompt.root, sampled=False, recompute=prompt.recompute, **bound
         )
 
 

@@ -15,6 +15,7 @@ from memos_engine.memory.embed import Embedder, default_embedder
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import MemOperator
 from memos_engine.memory.store import MemoryStore
+from memos_engine.parameter import AdapterUse
 from memos_engine.prompt import PromptLayout
 from memos_engine.reply import Prepared
 
@@ -37,6 +38,7 @@ class Prompt:
     prepared: Prepared | None = None
     principal: Principal | None = None
     used: list[str] = field(default_factory=list)
+    bound: Any = None  # an adapter
 
     @classmethod
     def plain(cls, ids: Ids, root: bytes = b"") -> Prompt:
@@ -46,6 +48,11 @@ class Prompt:
     def is_plain(self) -> bool:
         """Whether it is the caller's own, to the token."""
         return self.size == len(self.ids)
+
+    def bind(self, use: AdapterUse) -> None:
+        """From the caller's own tokens behind the memories on; all of them where there are no memories."""
+        behind = 0 if self.is_plain else self.size - len(self.spans[-1].token_ids)
+        self.bound = use.bound(behind)
 
     @property
     def recompute(self) -> Recompute:
@@ -62,13 +69,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Wish:
-    """What one call asks for: users and queries (one, or one a row), the form of its memories, and the share
-    of their tokens to compute again."""
+    """What one call asks for: users and queries (one, or one a row), the form of its memories, the share of
+    their tokens to compute again, and an adapter."""
 
     user: Any = None
     query: Any = None
     form: str | None = None
     recompute: float | None = None
+    adapter: Any = None
 
 
 class Memories:

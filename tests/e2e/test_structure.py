@@ -22,6 +22,8 @@ LAYER_OF = {
     "profile": "meeting",
     "canary": "meeting",
     "planning": "meeting",
+    "parameter": "meeting",
+    "consolidate": "meeting",
     "tiers": "meeting",
     "reply": "meeting",
     "chats": "meeting",
