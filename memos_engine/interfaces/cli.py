@@ -14,7 +14,7 @@ from rich.text import Text
 
 from memos_engine import __version__
 from memos_engine.errors import ContextLengthError, MemoryInputError, MemosEngineError
-from memos_engine.interfaces import cli_govern, cli_upkeep
+from memos_engine.interfaces import cli_consolidate, cli_govern, cli_upkeep
 from memos_engine.interfaces.cli_adapter import adapter_app
 from memos_engine.interfaces.cli_bench import bench_app
 from memos_engine.interfaces.cli_cube import cube_app
@@ -43,6 +43,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(cube_app, name="cube")
 app.add_typer(adapter_app, name="adapter")
 cli_upkeep.register(cube_app)
+cli_consolidate.register(cube_app)
 cli_govern.register(app)
 
 
