@@ -26,7 +26,7 @@ from memos_engine.errors import (
 from memos_engine.interfaces.cli import app
 
 QUICK = Recipe(
-    rank=8, share=1.0, steps=60, lr=1e-2, facts=3, swaps=1, own=0, mentions=0, replay=1, answer_tokens=3
+    rank=8, share=1.0, steps=150, lr=1e-2, facts=3, swaps=1, own=0, mentions=0, replay=1, answer_tokens=3
 )
 ANY = Gates(recall=0.0, leak=1.0, co=1.0, unstored=1.0, kl=99.0, agreement=0.0, mention_kl=99.0)
 
