@@ -15,6 +15,7 @@ from memos_engine.memory.lifecycle import LifecycleState
 from memos_engine.memory.store_rows import append_audit, caller, record_event
 from memos_engine.memory.vault import BlobRef
 
+SOURCE_GONE = "a memory that it was made from is gone"
 SELECT_ADAPTER = """SELECT a.cube_id, a.version, b.body, p.tenant, p.user, a.digest, a.model, a.rank,
     a.nbytes, a.kv_floor, a.how, a.at, a.version = c.version AND a.promoted_at IS NOT NULL, a.promoted_at,
     a.revoked_at, a.revoked_why, f.sha256, f.size, f.checksum, f.report
@@ -38,16 +39,19 @@ _ROOT_GONE = (
 def revoke(
     conn: sqlite3.Connection, principal: Principal, cube_id: str, why: str, now: str
 ) -> tuple[list[BlobRef], list[str]]:
-    """Within the caller's transaction, end every adapter version that is this memory's or was made from it.
+    """Within the caller's transaction, end every adapter version that is this memory's or was made from it,
+    and those of the same content: another name makes no other adapter.
 
     Returns the files that may be named by nobody now, and adapters of which no version is left; those are
     expired, where they were not the memory itself.
     """
     rows = conn.execute(
-        "SELECT a.cube_id, a.version, f.sha256, f.size, f.checksum FROM adapter_version a LEFT JOIN "
-        "adapter_payload f ON f.cube_id = a.cube_id AND f.version = a.version WHERE a.revoked_at IS NULL AND "
-        "(a.cube_id = :id OR EXISTS (SELECT 1 FROM edge e WHERE e.source = a.cube_id AND e.source_version = "
-        "a.version AND e.kind = 'derived_from' AND e.target = :id)) ORDER BY a.cube_id, a.version",
+        "SELECT a.cube_id, a.version, f.sha256, f.size, f.checksum FROM adapter_version a JOIN cube c ON "
+        "c.id = a.cube_id LEFT JOIN adapter_payload f ON f.cube_id = a.cube_id AND f.version = a.version "
+        "WHERE a.revoked_at IS NULL AND (a.cube_id = :id OR EXISTS (SELECT 1 FROM edge e JOIN "
+        "adapter_version o ON o.cube_id = e.source AND o.version = e.source_version JOIN cube x ON x.id = "
+        "o.cube_id WHERE e.target = :id AND e.kind = 'derived_from' AND o.digest = a.digest AND x.owner = "
+        "c.owner)) ORDER BY a.cube_id, a.version",
         {"id": cube_id},
     ).fetchall()
     refs = []
@@ -55,7 +59,7 @@ def revoke(
         key = (one, version)
         conn.execute(
             "UPDATE adapter_version SET revoked_at = ?, revoked_why = ? WHERE cube_id = ? AND version = ?",
-            (now, why if one == cube_id else "a memory that it was made from is gone", *key),
+            (now, why if one == cube_id else SOURCE_GONE, *key),
         )
         conn.execute("DELETE FROM adapter_payload WHERE cube_id = ? AND version = ?", key)
         event = {"event": "adapter_revoked", "cube_id": one, "version": version, "because_of": cube_id}

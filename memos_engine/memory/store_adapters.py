@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+from collections.abc import Sequence
 
 from memos_engine.errors import (
     ConflictError,
@@ -24,6 +25,7 @@ from memos_engine.memory.lifecycle import CHANGEABLE, LIVE, LifecycleState, chec
 from memos_engine.memory.new import ids_once
 from memos_engine.memory.store_adapter_rows import (
     SELECT_ADAPTER,
+    SOURCE_GONE,
     adapter_row,
     sources_of,
     usable,
@@ -74,37 +76,14 @@ class AdapterVerbs(StoreBase):
         ref = blob if isinstance(blob, BlobRef) else self.vault.write(blob)
         try:
             with self._change() as (conn, now):
-                cube_id, version = self._place(conn, principal, name, new, now)
-                if version > 0:
+                cube_id, version, known = self._place(conn, principal, name, new, now)
+                if not known:
                     if not self.vault.holds(ref):
                         if isinstance(blob, BlobRef):
                             raise PayloadError(f"the vault lacks {ref.sha256}; write it first.", "missing")
                         self.vault.write(blob)
-                    conn.execute(
-                        "INSERT INTO adapter_version (cube_id, version, digest, model, rank, nbytes, "
-                        "kv_floor, how, at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                        (
-                            *(cube_id, version, new.digest, new.model, new.rank),
-                            *(new.nbytes, new.kv_floor, new.how, now),
-                        ),
-                    )
-                    conn.execute(
-                        "INSERT INTO adapter_payload VALUES (?, ?, ?, ?, ?, ?)",
-                        (cube_id, version, ref.sha256, ref.size, ref.checksum, report),
-                    )
-                    for source in sources:
-                        origin = find_own(conn, principal, source, now)
-                        find(conn, principal, source, now)  # an ended one is no source
-                        link(conn, (cube_id, version), "derived_from", (origin.id, origin.version), now)
-                    event = {
-                        "event": "adapter_stored",
-                        "cube_id": cube_id,
-                        "version": version,
-                        "how": new.how,
-                    }
-                    event |= {"digest": new.digest, "sources": list(sources)}
-                    append_audit(conn, now, {**event, **caller(principal)})
-                version = abs(version)
+                    _insert(conn, principal, (cube_id, version), ref, new, report, now)
+                _derive(conn, principal, (cube_id, version), sources, now)
                 if promote:
                     self._promote(conn, principal, cube_id, version, now)
                 return adapter_row(conn, principal, cube_id, version, now)
@@ -114,9 +93,18 @@ class AdapterVerbs(StoreBase):
 
     def _place(
         self, conn: sqlite3.Connection, principal: Principal, name: str, new: NewAdapter, now: str
-    ) -> tuple[str, int]:
-        """The memory and version to write; a negative version holds this content already."""
+    ) -> tuple[str, int, bool]:
+        """The memory and version to write, and whether that holds this content already."""
         owner = principal_id(conn, principal, now)
+        if conn.execute(
+            "SELECT 1 FROM adapter_version a JOIN cube c ON c.id = a.cube_id WHERE c.owner = ? AND a.digest "
+            "= ? AND a.revoked_why = ?",
+            (owner, new.digest, SOURCE_GONE),
+        ).fetchone():
+            raise ConflictError(
+                f"this content was revoked: {SOURCE_GONE}. It knows what was deleted; train it anew without "
+                "that."
+            )
         row = conn.execute(
             "SELECT c.id FROM cube c JOIN cube_body b ON b.cube_id = c.id AND b.version = c.version WHERE "
             "c.owner = ? AND c.kind = 'lora' AND c.state <> 'expired' AND b.body = ? ORDER BY c.id",
@@ -129,21 +117,16 @@ class AdapterVerbs(StoreBase):
                     principal, cube, "import", f"adapter {name!r} is {cube.state}; undo that first."
                 )
             same = conn.execute(
-                "SELECT version, revoked_at FROM adapter_version WHERE cube_id = ? AND digest = ?",
+                "SELECT version FROM adapter_version WHERE cube_id = ? AND digest = ?",
                 (cube.id, new.digest),
             ).fetchone()
-            if same is not None and same[1] is not None:
-                raise ConflictError(
-                    f"this content of adapter {name!r} was revoked; train it anew, or import it under "
-                    "another name."
-                )
             if same is not None:
-                return cube.id, -int(same[0])
+                return cube.id, int(same[0]), True
             (last,) = conn.execute(
                 "SELECT max(version) FROM cube_version WHERE cube_id = ?", (cube.id,)
             ).fetchone()
             self._version(conn, cube.id, int(last) + 1, int(last), name, now, new.how)
-            return cube.id, int(last) + 1
+            return cube.id, int(last) + 1, False
         cube_id = self._ids.new(time_from_text(now))
         check_move(None, LifecycleState.GENERATED)
         conn.execute(
@@ -154,7 +137,7 @@ class AdapterVerbs(StoreBase):
         )
         self._version(conn, cube_id, 1, None, name, now, new.how)
         record_event(conn, principal, cube_id, 1, "added", LifecycleState.GENERATED, now)
-        return cube_id, 1
+        return cube_id, 1, False
 
     def _version(
         self,
@@ -293,7 +276,7 @@ class AdapterVerbs(StoreBase):
             found = adapter_row(conn, principal, cube_id, version, now)
             gone = any(row[3] for row in sources_of(conn, cube_id, version, now))
         if found.blob is None or found.revoked_at is not None or gone:
-            why = found.revoked_why or "a memory that it was made from is gone"
+            why = found.revoked_why or SOURCE_GONE
             raise MemoryNotFoundError(
                 f"version {version} of adapter {cube_id!r} is not used any longer: {why}."
             )
@@ -304,6 +287,42 @@ class AdapterVerbs(StoreBase):
     def note_damaged_adapter(self, found: AdapterVersion, reason: str) -> None:
         """Audit that a payload cannot be read; it stays, a backup or the same import mends it."""
         self.note({"event": "adapter_damaged", "digest": found.digest, "reason": reason[:200]})
+
+
+def _insert(
+    conn: sqlite3.Connection,
+    principal: Principal,
+    key: tuple[str, int],
+    ref: BlobRef,
+    new: NewAdapter,
+    report: str,
+    now: str,
+) -> None:
+    """A version's rows, and its audit event."""
+    conn.execute(
+        "INSERT INTO adapter_version (cube_id, version, digest, model, rank, nbytes, kv_floor, how, at) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*key, new.digest, new.model, new.rank, new.nbytes, new.kv_floor, new.how, now),
+    )
+    conn.execute(
+        "INSERT INTO adapter_payload VALUES (?, ?, ?, ?, ?, ?)",
+        (*key, ref.sha256, ref.size, ref.checksum, report),
+    )
+    event = {"event": "adapter_stored", "cube_id": key[0], "version": key[1], "how": new.how}
+    append_audit(conn, now, {**event, "digest": new.digest, **caller(principal)})
+
+
+def _derive(
+    conn: sqlite3.Connection, principal: Principal, key: tuple[str, int], sources: Sequence[str], now: str
+) -> None:
+    """Remember what a version was made from: the owner's own memories, none of them ended."""
+    for source in sources:
+        find_own(conn, principal, source, now)
+        origin = find(conn, principal, source, now)
+        link(conn, key, "derived_from", (origin.id, origin.version), now)
+    if sources:
+        event = {"event": "adapter_sources", "cube_id": key[0], "version": key[1], "sources": list(sources)}
+        append_audit(conn, now, {**event, **caller(principal)})
 
 
 def _check(principal: Principal, new: NewAdapter) -> None:
