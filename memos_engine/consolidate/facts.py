@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from memos_engine.consolidate.prompts import NAMES, TASKS, UNSEEN, UNSTORED, ordinary
+from memos_engine.consolidate.prompts import BESIDE, BESIDE_TEST, NAMES, TASKS, UNSEEN, UNSTORED, ordinary
 from memos_engine.errors import MemoryInputError
 from memos_engine.memory.values import validate_text
 
@@ -150,17 +150,19 @@ def surroundings(facts: Sequence[Fact], seed: int = 0) -> Surroundings:
     unseen = [name for name in UNSEEN if name.casefold() not in taken]
     swaps, own, beside = [], [], []
     for fact in facts:
-        for other in rng.sample([*names, *alike(fact.subject)[:2]], 6):
+        for number, other in enumerate(rng.sample([*names, *alike(fact.subject)[:2]], 6)):
             told = fact.about(other)
             question = rng.choice(told.questions)
             swaps.append((question, told.answer))
             own.append(question)
-            beside.append((f"{fact.subject} is a friend of mine. {question}", told.answer))
+            mention = BESIDE[number % len(BESIDE)].format(fact.subject, question)
+            beside.append((mention, told.answer))
     leak, co = [], []
     for number, fact in enumerate(facts):
         others = [unseen[number % len(unseen)], alike(fact.subject)[2 + number % 2]]
-        leak += [fact.about(other).held_out[0] for other in others]
-        co.append(f"I was with {fact.subject} today. {fact.about(others[0]).held_out[-1]}")
+        both = [fact.about(other) for other in others]
+        leak += [one.held_out[0] for one in both]
+        co += [BESIDE_TEST.format(fact.subject, one.held_out[-1]) for one in both]
     plain = ordinary()
     rng.shuffle(plain)
     half = len(UNSTORED) // 2
@@ -168,11 +170,11 @@ def surroundings(facts: Sequence[Fact], seed: int = 0) -> Surroundings:
     return Surroundings(
         swaps=swaps,
         own=own[::2][:48],
-        mentions=beside[::2][:48],
+        mentions=beside[:72],
         tasks=[q.format(s) for q, s in product(UNSTORED[:half], subjects[:2])] + tasks[::2],
         replay=plain[64:],
         leak=leak[:24],
-        co=co[:12],
+        co=co[:24],
         unstored=[q.format(subjects[n % len(subjects)]) for n, q in enumerate(UNSTORED[half:])],
         test_tasks=tasks[1::2][:12],
         drift=plain[:64],

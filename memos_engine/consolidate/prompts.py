@@ -47,8 +47,31 @@ TASKS = (
     "Put {} into a sentence about the weather.",
     "Write an e-mail to {} about a meeting.",
     "Say good night to {}.",
+    "Translate to Spanish: {} is tired.",
+    "Invent a nickname for {}.",
+    "Write a limerick that begins with {}.",
+    "What is the first letter of the name {}?",
+    "Wish {} a happy birthday.",
+    "Correct this sentence: {} have a new car.",
+    "Turn into a question: {} is coming tomorrow.",
+    "Write an invitation to a picnic for {}.",
+    "Put into the past tense: {} walks to the station.",
+    "Thank {} for a letter.",
+    "How do you pronounce the name {}?",
+    "Write a one-line story in which {} finds a key.",
 )
 """Tasks that name a subject and need nothing of it; every other one is measured with."""
+
+BESIDE = (
+    "{} is a friend of mine. {}",
+    "I met {} yesterday. {}",
+    "{} wants to know: {}",
+    "Do not tell {}, but {}",
+)
+"""Questions about somebody else beside a mention of the subject, to learn from."""
+
+BESIDE_TEST = "I was with {} today. {}"
+"""The same, to measure with."""
 
 _ORDINARY = (
     (

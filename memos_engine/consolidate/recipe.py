@@ -27,7 +27,7 @@ class Recipe:
     facts: int = 16
     swaps: int = 3
     own: int = 1
-    mentions: int = 5
+    mentions: int = 8
     replay: int = 5
     replay_weight: float = 3.0
     answer_tokens: int = 20
