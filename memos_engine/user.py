@@ -16,8 +16,9 @@ from memos_engine.memory.filters import Filters
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import Candidate
 from memos_engine.memory.store import HistoryEntry
-from memos_engine.parameter import AdapterUse, UserAdapters
+from memos_engine.parameter import AdapterUse
 from memos_engine.reply import Reply, TextStream
+from memos_engine.user_adapters import UserAdapters
 
 if TYPE_CHECKING:
     from memos_engine.api import MemoryEngine

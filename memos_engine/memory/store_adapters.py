@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Sequence
 
 from memos_engine.errors import (
+    AccessError,
     ConflictError,
     MemoryInputError,
     MemoryNotFoundError,
@@ -268,11 +269,15 @@ class AdapterVerbs(StoreBase):
     def adapter_in_use(self, principal: Principal, cube_id: str, version: int) -> AdapterVersion:
         """A version as it may be bound now: owner's, live, not revoked, its sources within their time.
 
-        Raises `MemoryNotFoundError`, `LifecycleError`.
+        Raises `MemoryNotFoundError`, `AccessError`.
         """
         with self._db.read() as conn:
             now = self._now()
-            cube = find_own(conn, principal, cube_id, now)
+            try:
+                cube = find_own(conn, principal, cube_id, now)
+            except AccessError as error:  # to try somebody else's is kept, though it is only a read
+                self._audit_refusal(error.event or {"event": "access_refused"})
+                raise
             found = adapter_row(conn, principal, cube_id, version, now)
             gone = any(row[3] for row in sources_of(conn, cube_id, version, now))
         if found.blob is None or found.revoked_at is not None or gone:

@@ -23,6 +23,7 @@ LAYER_OF = {
     "canary": "meeting",
     "planning": "meeting",
     "parameter": "meeting",
+    "user_adapters": "meeting",
     "consolidate": "meeting",
     "tiers": "meeting",
     "reply": "meeting",

@@ -204,6 +204,14 @@ def test_choosing_at_most_one(engine: MemoryEngine) -> None:
     again = memory.choose(who, [(dog.id, 0.9)], "and tom?").option
     assert again is not None
     assert again.warm
+    use = memory.use(who, again)
+    assert (use.adapter.digest, use.label) == (pets.digest, "pets version 1")
+    with pytest.raises(MemoryNotFoundError):
+        memory.use(engine.user("bob").principal, again)
+    memory.put(who, "pets", adapter_for(engine, 9))
+    with pytest.raises(AdapterError, match="choose again"):
+        memory.use(who, again)
+    alice.adapters.rollback("pets")
     for found, query, why in (
         ([(sun.id, 0.9)], "Who is Tom?", "none of the memories found"),
         ([(dog.id, 0.9)], "Who is Tommy?", "names none of its subjects"),

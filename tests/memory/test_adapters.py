@@ -125,6 +125,7 @@ def test_nobody_else_has_it(store: MemoryStore, alice: Principal, bob: Principal
         store.adapter_in_use(bob, mine.cube_id, 1)
     with pytest.raises(AccessError):
         store.rollback_adapter(bob, mine.cube_id)
+    assert events(store).count("access_refused") == 2
     assert put(store, bob).cube_id != mine.cube_id
     with pytest.raises(MemoryInputError, match="stays with its owner"):
         store.transfer(bob, mine.cube_id)
