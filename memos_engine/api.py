@@ -29,6 +29,7 @@ from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import Candidate, MemOperator
 from memos_engine.memory.store import MemoryStore
 from memos_engine.models import resolve
+from memos_engine.parameter import AdapterUse, ParameterMemory
 from memos_engine.preparing import Ask, Preparer
 from memos_engine.prompt import PromptLayout, eos_ids, load_tokenizer
 from memos_engine.reply import Prepared
@@ -58,12 +59,14 @@ class MemoryEngine:
         self.config = memory or MemoryConfig()
         self.eos_token_ids = tuple(eos_token_ids)
         self.activation: ActivationMemory | None = None
+        self.parameter: ParameterMemory | None = None
         self.live: LiveWeights | None = None
         self.chats = Chats(decoder)
         self._embedder = embedder
         self._operator: MemOperator | None = None
         if store is not None:
             self.activation = ActivationMemory(decoder, self.layout, store, self.config)
+            self.parameter = ParameterMemory(decoder, store)
         self.preparer = Preparer(decoder, self.layout, self.activation, self.config)
         self.canary = Canary(decoder, self.config.canary, self.config.canary_kl)
 
@@ -229,13 +232,19 @@ class MemoryEngine:
         params: SamplingParams,
         on_token: Callable[[StepOutput], None] | None = None,
         chat: Chat | None = None,
+        adapter: AdapterUse | None = None,
     ) -> tuple[list[int], Stats, str]:
-        """Decodes a prepared request. Returns the answer's ids without a stop token, what it cost, and the
-        finish reason (stop or length)."""
+        """Decodes a prepared request, the adapter active from its last span on. Returns the answer's ids
+        without a stop token, what it cost, and the finish reason (stop or length)."""
         session = None if chat is None else chat.pages
         again, by = self.preparer.recompute(prepared), self.preparer.start_by(prepared)
         salt = self.salt(prepared.principal)
-        for out in self.decoder.generate(prepared.spans, params, salt, session, recompute=again, start_by=by):
+        bound: dict[str, Any] = {}
+        if adapter is not None:
+            bound["adapter"] = adapter.bound(sum(len(span.token_ids) for span in prepared.spans[:-1]))
+        for out in self.decoder.generate(
+            prepared.spans, params, salt, session, recompute=again, start_by=by, **bound
+        ):
             seq = out.sequence
             if on_token is not None:
                 on_token(out)

@@ -32,6 +32,11 @@ class OutOfPagesError(MemosEngineError):
     """The KV pool has no free page left; ask for less or open the engine with a larger pool."""
 
 
+class AdapterError(ModelError, ValueError):
+    """An adapter (LoRA) cannot be used: its files, its shapes, its numbers or its model; the message says
+    why."""
+
+
 class IntegrityError(MemosEngineError):
     """An internal invariant is broken (a bug): found by `check_integrity()`, never papered over."""
 

@@ -39,7 +39,8 @@ class Reply:
 
     ttft_ms: from the call to the first token, retrieval included. timings: milliseconds by stage (retrieve,
     fetch, plan, splice, prefill). plan: every candidate memory, the form chosen and why, the time foreseen
-    and taken (`plan.report()`).
+    and taken (`plan.report()`). adapter: which one was active, or why the one asked for was not; empty where
+    none was asked for.
     """
 
     text: str
@@ -50,6 +51,7 @@ class Reply:
     plan: Plan
     stats: Stats
     timings: dict[str, float] = field(default_factory=dict)
+    adapter: str = ""
 
     @property
     def forms(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,18 +10,22 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from memos_engine.config import SamplingParams
-from memos_engine.errors import MemoryInputError, StoreError
+from memos_engine.errors import AdapterError, MemoryInputError, StoreError
 from memos_engine.memory.cube import MemCube, validate_text
 from memos_engine.memory.filters import Filters
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import Candidate
 from memos_engine.memory.store import HistoryEntry
+from memos_engine.parameter import AdapterUse
 from memos_engine.preparing import Ask
 from memos_engine.reply import Reply, TextStream
+from memos_engine.user_adapters import UserAdapters
 
 if TYPE_CHECKING:
     from memos_engine.api import MemoryEngine
 
+
+log = logging.getLogger("memos_engine")
 
 WARM_TOGETHER = 16  # memories whose records are built at once: they share the left contexts
 
@@ -116,6 +121,14 @@ class UserMemory:
                     progress(cube_id)
         return built
 
+    @property
+    def adapters(self) -> UserAdapters:
+        """The user's adapters: parameter memory."""
+        memory = self.engine.parameter
+        if memory is None:
+            raise StoreError("This engine has no store. Open it with store=<directory> to keep adapters.")
+        return UserAdapters(memory, self.principal, self._let_go)
+
     def chat(
         self,
         text: str,
@@ -128,6 +141,7 @@ class UserMemory:
         history: Sequence[tuple[str, str]] = (),
         session: str | None = None,
         stream: Callable[[str], None] | None = None,
+        adapter: str | AdapterUse | None = None,
     ) -> Reply:
         """Answers from the user's memories.
 
@@ -137,7 +151,9 @@ class UserMemory:
         None: the best answer); `reply.plan` says what it foresaw and what it took. history: earlier
         (question, answer) turns. session: the name of a conversation to go on with (or to begin): its turns,
         and the memories that they brought in, stay where they are, and their pages are reused while there is
-        room. One call at a time per session. stream: called with each new piece of the answer.
+        room. One call at a time per session. stream: called with each new piece of the answer. adapter: name
+        or id of an adapter of the user's, active from behind the memories on; one that cannot be used is left
+        out, and the reply says why.
         """
         engine = self.engine
         start = time.perf_counter()
@@ -156,6 +172,9 @@ class UserMemory:
             head = chat.closing(engine.layout.answer_close)
         else:
             head = engine.layout.anchor + engine.layout.history(history)
+        chosen, why = self._adapter(adapter, session)
+        if chosen is not None and chosen.whole:
+            form = "text" if form in (None, "auto", "kv") else form  # no stored KV was made under it
         prepared = engine.prepare(
             self.principal,
             text,
@@ -167,7 +186,7 @@ class UserMemory:
         )
         preparation_ms = (time.perf_counter() - start) * 1e3
         writer = None if stream is None else TextStream(engine.tokenizer, params.stop_token_ids, stream)
-        ids, stats, reason = engine.run(prepared, params, writer, chat)
+        ids, stats, reason = engine.run(prepared, params, writer, chat, chosen)
         if writer is not None:
             writer.close()
         ttft_ms = preparation_ms + stats.ttft_ms
@@ -179,10 +198,24 @@ class UserMemory:
             total_ms=(time.perf_counter() - start) * 1e3,
             plan=engine.preparer.account(prepared, stats, ttft_ms),
             stats=stats,
+            adapter=why,
             timings={**prepared.timings, "splice": stats.splice_ms, "prefill": stats.prefill_ms},
         )
         engine.after_reply(prepared)
         return reply
+
+    def _adapter(self, wanted: str | AdapterUse | None, session: str | None) -> tuple[AdapterUse | None, str]:
+        """What a request's adapter is, and how the reply names it, or why there is none."""
+        if wanted is None:
+            return None, ""
+        if session is not None:
+            raise MemoryInputError("A session's earlier turns were made without the adapter; use history=.")
+        try:
+            chosen = self.adapters.memory.use(self.principal, wanted)
+        except AdapterError as error:
+            log.warning("memos_engine: the answer is given without adapter: %s", error)
+            return None, f"without adapter: {error}"
+        return chosen, chosen.label
 
     def end_session(self, name: str) -> bool:
         """Ends a conversation and gives its pages back; False if there was none of that name."""
@@ -195,4 +228,6 @@ class UserMemory:
         if self.engine.activation is not None:
             self.engine.activation.evict()
         self.engine.preparer.forget()
+        if self.engine.parameter is not None:
+            self.engine.parameter.evict()
         self.engine.decoder.forget_prefixes()

@@ -13,12 +13,14 @@ from typing import Any
 
 from memos_engine.api import MemoryEngine
 from memos_engine.config import DTYPES, DecoderConfig, MemoryConfig
+from memos_engine.decoder.adapter import Adapter
 from memos_engine.decoder.live import rotary_mismatch
 from memos_engine.errors import ModelError
 from memos_engine.interfaces.attach_call import Call
 from memos_engine.interfaces.attach_memory import Memories, Wish
 from memos_engine.memory.embed import Embedder
 from memos_engine.memory.store import MemoryStore
+from memos_engine.parameter import AdapterUse
 
 log = logging.getLogger("memos_engine")
 
@@ -32,6 +34,7 @@ def attach(
     decoder: DecoderConfig | None = None,
     memory: MemoryConfig | None = None,
     embedder: Embedder | None = None,
+    adapter: str | Path | Adapter | AdapterUse | None = None,
 ) -> Any:
     """Lets `model.generate()` run in this decoder, with the memories of `user` from `store`.
 
@@ -39,10 +42,13 @@ def attach(
     gives the same results; where it cannot run a call, the model's own runs it. Further arguments: user and
     memory_query (a string, or one for each prompt of the batch; by default the prompt's text is the query),
     memory_form (auto, kv, text, none), recompute (share of spliced memory tokens to compute again),
-    ttft_budget_ms (time from the call to the first token; docs/scheduling.md). What it returns, and what
-    processors, criteria and streamers see, holds no memory ids. Returns the same model; `detach` undoes it.
+    ttft_budget_ms (time from the call to the first token; docs/scheduling.md), adapter (by default the one
+    given here: the name of one of the user's, a PEFT folder, or an `Adapter`; None: without). What it
+    returns, and what processors, criteria and streamers see, holds no memory ids. Returns the same model;
+    `detach` undoes it.
 
-    Raises StoreError where the directory cannot be used.
+    Raises StoreError where the directory cannot be used. A call with an adapter that cannot run here raises
+    AdapterError: it is never left out silently.
     """
     detach(model)
     engine, reason = None, _unfit(model)
@@ -58,7 +64,7 @@ def attach(
     memories = None
     if store is not None:
         memories = _memories(engine, tokenizer, store, memory, embedder)
-    Attached(model, engine, memories, user, reason).install()
+    Attached(model, engine, memories, user, reason, adapter).install()
     return model
 
 
@@ -84,9 +90,10 @@ class Attached:
         memories: Memories | None,
         user: str | None,
         reason: str | None,
+        adapter: str | Path | Adapter | AdapterUse | None = None,
     ) -> None:
         self.model, self.engine, self.memories = model, engine, memories
-        self.user, self.reason = user, reason
+        self.user, self.reason, self.adapter = user, reason, adapter
         self.original = model.generate
         self._own = "generate" in model.__dict__
         self._said: set[str] = set()
@@ -116,6 +123,7 @@ class Attached:
             arguments.pop("recompute", None),
             arguments.pop("ttft_budget_ms", None),
             time.perf_counter(),
+            arguments.pop("adapter", self.adapter),
         )
         if positional:
             names = list(inspect.signature(self.original).parameters)[2:]

@@ -7,6 +7,7 @@ transformers itself prepares the call (settings, processors, criteria, padding, 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,12 @@ from torch import Tensor
 from transformers import DynamicCache, StoppingCriteriaList, StopStringCriteria
 
 from memos_engine.api import MemoryEngine
+from memos_engine.errors import AdapterError
 from memos_engine.interfaces.attach_fallback import decode_around
 from memos_engine.interfaces.attach_lockstep import Lockstep
 from memos_engine.interfaces.attach_memory import Prompt, Wish
 from memos_engine.interfaces.attach_work import Work, make_room
+from memos_engine.parameter import AdapterUse, use_file
 
 if TYPE_CHECKING:
     from memos_engine.interfaces.attach import Attached
@@ -51,6 +54,7 @@ class Call:
                 raise Elsewhere(self.reason)
             return self.attached.original(**self._arguments(), custom_generate=self.decode)
         except Elsewhere as why:
+            self._without_adapter(str(why))
             self.attached.say(str(why))
         arguments = dict(self.arguments)
         if self.streamed and self.streamer is not None:
@@ -74,6 +78,7 @@ class Call:
             return self._here(engine, work, rows)
         if self.memories is None:
             raise Elsewhere(reason)
+        self._without_adapter(str(reason))
         result = decode_around(
             self.attached, self.memories, self.wish, self.arguments, work, healthy=not self.reason
         )
@@ -136,9 +141,35 @@ class Call:
             arguments["stop_strings"] = None
         return arguments
 
+    # -- adapters --------------------------------------------------------------------------------
+
+    def _without_adapter(self, why: str) -> None:
+        if self.wish.adapter is not None:
+            raise AdapterError(
+                f"This call runs in the model's own generate(), where no adapter enters: {why}. Pass "
+                "adapter=None, or change the call."
+            )
+
+    def _uses(self, engine: MemoryEngine, rows: int) -> list[AdapterUse]:
+        """Each row's adapter; empty where the call wants none. Raises AdapterError, MemoryNotFoundError."""
+        wanted = self.wish.adapter
+        if wanted is None:
+            return []
+        if self.arguments.get("past_key_values") is not None:
+            self._without_adapter("it fills past_key_values")
+        if not isinstance(wanted, (str, AdapterUse)):
+            return [use_file(wanted, engine.decoder)] * rows
+        parameter, memories = engine.parameter, self.attached.memories
+        if parameter is None or memories is None:
+            raise AdapterError(f"There is no store to find adapter {wanted!r} in; give store=, or a Path.")
+        return [parameter.use(who, wanted) for who in memories.principals(self.wish, rows)]
+
     # -- here ------------------------------------------------------------------------------------
 
     def _here(self, engine: MemoryEngine, work: Work, rows: list[tuple[int, ...]]) -> Any:
+        uses = self._uses(engine, len(rows))
+        if any(use.whole for use in uses) and self.memories is not None:
+            self.wish = replace(self.wish, form="text")  # no stored KV was made under it
         prompts = [Prompt.plain(ids) for ids in rows]
         if self.memories is not None:
             prompts = self.memories.prompts(
@@ -147,9 +178,12 @@ class Call:
             reason = make_room(engine.decoder, [p.size for p in prompts] * work.copies, work.new)
             if reason is not None:
                 raise Elsewhere(f"{reason}{_NO_MEMORIES}")
+        for prompt, use in zip(prompts, uses, strict=False):
+            prompt.bind(use)
         cache = None
         if work.config.return_dict_in_generate or self.arguments.get("past_key_values") is not None:
-            cache = work.cache if all(prompt.is_plain for prompt in prompts) else None  # memories stay unseen
+            plain = all(prompt.is_plain and prompt.bound is None for prompt in prompts)
+            cache = work.cache if plain else None  # memories stay unseen
         with Lockstep(engine.decoder, prompts, work.copies, work.new) as batch:
             result = batch.generate(work, self.streamer, cache)
         if self.memories is not None:

@@ -17,6 +17,7 @@ from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import MemOperator
 from memos_engine.memory.plan import check_budget
 from memos_engine.memory.store import MemoryStore
+from memos_engine.parameter import AdapterUse
 from memos_engine.preparing import Ask
 from memos_engine.prompt import PromptLayout
 from memos_engine.reply import Prepared
@@ -42,6 +43,7 @@ class Prompt:
     used: list[str] = field(default_factory=list)
     recompute: Recompute = NOTHING
     start_by: float | None = None
+    bound: Any = None  # an adapter
 
     @classmethod
     def plain(cls, ids: Ids, root: bytes = b"") -> Prompt:
@@ -51,6 +53,11 @@ class Prompt:
     def is_plain(self) -> bool:
         """Whether it is the caller's own, to the token."""
         return self.size == len(self.ids)
+
+    def bind(self, use: AdapterUse) -> None:
+        """From the caller's own tokens behind the memories on; all of them where there are no memories."""
+        behind = 0 if self.is_plain else self.size - len(self.spans[-1].token_ids)
+        self.bound = use.bound(behind)
 
     @property
     def size(self) -> int:
@@ -64,7 +71,7 @@ class Prompt:
 @dataclass(frozen=True)
 class Wish:
     """What one call asks for: users and queries (one, or one a row), the form of its memories, the share of
-    their tokens to compute again, and the time until its first token, counted from `start`."""
+    their tokens to compute again, the time until its first token, counted from `start`, and an adapter."""
 
     user: Any = None
     query: Any = None
@@ -72,6 +79,7 @@ class Wish:
     recompute: float | None = None
     ttft_budget_ms: float | None = None
     start: float | None = None
+    adapter: Any = None
 
 
 class Memories:

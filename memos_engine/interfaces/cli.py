@@ -14,7 +14,8 @@ from rich.text import Text
 
 from memos_engine import __version__
 from memos_engine.errors import ContextLengthError, MemoryInputError, MemosEngineError
-from memos_engine.interfaces import cli_govern, cli_top, cli_upkeep
+from memos_engine.interfaces import cli_consolidate, cli_govern, cli_top, cli_upkeep
+from memos_engine.interfaces.cli_adapter import adapter_app
 from memos_engine.interfaces.cli_bench import bench_app
 from memos_engine.interfaces.cli_cube import cube_app
 from memos_engine.interfaces.cli_store import DEFAULT_STORE, existing, standard_input, user_name
@@ -40,7 +41,9 @@ models_app = typer.Typer(help="Fetch and check models.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 app.add_typer(cube_app, name="cube")
+app.add_typer(adapter_app, name="adapter")
 cli_upkeep.register(cube_app)
+cli_consolidate.register(cube_app)
 cli_govern.register(app)
 cli_top.register(app)
 
@@ -181,6 +184,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
     seed: Annotated[int | None, typer.Option()] = None,
+    adapter: Annotated[str | None, typer.Option(help="With this adapter of yours; questions only.")] = None,
     int8: Annotated[
         bool, typer.Option("--int8", help="Decode faster on a CPU, weights rounded to 8 bits.")
     ] = False,
@@ -199,8 +203,12 @@ def chat(
         with notes.status("getting ready"):
             person = engine.ready().user(user_name(user))
         if question is not None:
-            _answer(person, question, params, None, as_json, explain)
+            _answer(person, question, params, None, as_json, explain, adapter)
             return
+        if adapter is not None:
+            raise typer.BadParameter(
+                "give a question: a conversation takes no adapter", param_hint="--adapter"
+            )
         notes.print("Type a message; /remember TEXT stores a memory, an empty line ends.", style="dim")
         while line := _ask():
             try:
@@ -223,14 +231,20 @@ def _ask() -> str:
 
 
 def _answer(
-    person: Any, question: str, params: Any, session: str | None, as_json: bool, explain: bool
+    person: Any,
+    question: str,
+    params: Any,
+    session: str | None,
+    as_json: bool,
+    explain: bool,
+    adapter: str | None = None,
 ) -> None:
     def show(piece: str) -> None:
         print(piece, end="", flush=True)
 
     stream = None if as_json else show
     try:
-        reply = person.chat(question, params, session=session, stream=stream)
+        reply = person.chat(question, params, session=session, stream=stream, adapter=adapter)
     except ContextLengthError:
         if session is None or not person.end_session(session):
             raise
@@ -245,13 +259,17 @@ def _answer(
                 "total_ms": round(reply.total_ms, 2),
                 "timings_ms": {name: round(ms, 2) for name, ms in reply.timings.items()},
                 "plan": reply.plan.explain(),
+                "adapter": reply.adapter,
             }
             | ({"report": reply.plan.report()} if explain or reply.plan.budget_ms is not None else {})
         )
     else:
         print()
         used = [f"{form} {cube_id}" for cube_id, form in reply.forms.items()]
-        notes.print(f"first token {reply.ttft_ms:.0f} ms; memories: {', '.join(used) or 'none'}", style="dim")
+        with_ = f"; adapter: {reply.adapter}" if reply.adapter else ""
+        notes.print(
+            f"first token {reply.ttft_ms:.0f} ms; memories: {', '.join(used) or 'none'}{with_}", style="dim"
+        )
         if explain:
             from memos_engine.interfaces.doctor import show_plan
 

@@ -12,6 +12,7 @@ from sqlite_utils import Database, Migrations
 
 from memos_engine.errors import StoreVersionError
 from memos_engine.memory.schema import APPLICATION_ID, FIRST
+from memos_engine.memory.schema_adapters import ADAPTERS
 from memos_engine.memory.schema_control import CONTROL
 from memos_engine.memory.schema_jobs import JOBS
 from memos_engine.memory.schema_retrieval import SECOND
@@ -45,6 +46,7 @@ STEPS: tuple[Step, ...] = (
     ("0003_control", _running(CONTROL)),
     ("0004_named_times", _times),
     ("0005_jobs", _running(JOBS)),
+    ("0006_adapters", _running(ADAPTERS)),
 )
 
 _LEDGER = """CREATE TABLE IF NOT EXISTS schema_migration (

@@ -16,6 +16,7 @@ from memos_engine.memory.cube import HistoryEntry
 from memos_engine.memory.governance import KeyRing
 from memos_engine.memory.new import NewMemory
 from memos_engine.memory.store_access import AccessVerbs
+from memos_engine.memory.store_adapters import AdapterVerbs
 from memos_engine.memory.store_base import Clock, utc_now
 from memos_engine.memory.store_check import CheckVerbs
 from memos_engine.memory.store_combined import CombinedRows
@@ -38,6 +39,7 @@ class MemoryStore(
     TimeVerbs,
     TransferVerbs,
     AccessVerbs,
+    AdapterVerbs,
     SweepVerbs,
     CheckVerbs,
     LogVerbs,

@@ -202,7 +202,7 @@ class StoreBase:
         if not candidates:
             return ()
         with self._db.write() as conn:
-            named = "SELECT 1 FROM kv_artifact WHERE sha256 = ?"
+            named = "SELECT 1 FROM payload WHERE sha256 = ?"
             free = tuple(ref for ref in candidates if not conn.execute(named, (ref.sha256,)).fetchone())
             if self._together is not None:
                 self._together.removed += free
@@ -262,7 +262,8 @@ class StoreBase:
                 row["state"]: row["n"]
                 for row in utils.query("SELECT state, count(*) n FROM cube GROUP BY state")
             }
-            kv = next(utils.query("SELECT count(*) n, coalesce(sum(size), 0) size FROM kv_artifact"))
+            size = "SELECT count(*) n, coalesce(sum(size), 0) size FROM"
+            kv, lora = (next(utils.query(f"{size} {name}")) for name in ("kv_artifact", "adapter_payload"))
             counts = {name: utils.table(name).count for name in ("vector", "audit", "erasure")}
         return {
             "store_id": self.store_id,
@@ -273,6 +274,8 @@ class StoreBase:
             "vectors": counts["vector"],
             "kv_records": kv["n"],
             "kv_bytes": kv["size"],
+            "adapters": lora["n"],
+            "adapter_bytes": lora["size"],
             "audit_events": counts["audit"],
             "erasures": counts["erasure"],
             "database_bytes": os.path.getsize(self._db.path),

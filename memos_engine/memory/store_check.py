@@ -166,8 +166,20 @@ class CheckVerbs(KVRows):
 
     def _check_payloads(self, mend: bool) -> _Found:
         sound, damaged = self.damaged_payloads()
+        with self._db.read() as conn:
+            adapters = {row[0] for row in conn.execute("SELECT sha256 FROM adapter_payload")}
+            astray = conn.execute(
+                "SELECT a.cube_id, a.version FROM adapter_version a LEFT JOIN adapter_payload f ON f.cube_id "
+                "= a.cube_id AND f.version = a.version WHERE (a.revoked_at IS NULL) <> (f.sha256 IS NOT NULL)"
+            ).fetchall()
         problems = [
-            self._mend(str(error), mend, partial(self._drop_payload, ref, error)) for ref, error in damaged
+            Problem(f"{error} It is an adapter: import it again, or {_RESTORE}.")
+            if ref.sha256 in adapters
+            else self._mend(str(error), mend, partial(self._drop_payload, ref, error))
+            for ref, error in damaged
+        ]
+        problems += [
+            Problem(f"version {v} of adapter {i} and its payload disagree; {_RESTORE}.") for i, v in astray
         ]
         return sound + len(damaged), problems, []
 

@@ -187,7 +187,7 @@ def _bodies(conn: sqlite3.Connection, tenant: int) -> sqlite3.Cursor:
     return conn.execute(
         "SELECT f.id, f.cube_id, b.body FROM tenant t JOIN principal p ON p.tenant = t.name JOIN cube c ON "
         "c.owner = p.id JOIN cube_body b ON b.cube_id = c.id LEFT JOIN passage f ON f.cube_id = b.cube_id "
-        "AND f.version = b.version WHERE t.id = ?",
+        "AND f.version = b.version WHERE t.id = ? AND c.kind <> 'lora'",
         (tenant,),
     )
 

@@ -42,7 +42,7 @@ def drop_rows(conn: sqlite3.Connection, cube_id: str) -> list[BlobRef]:
 
 
 def _named(conn: sqlite3.Connection) -> set[str]:
-    return {row[0] for row in conn.execute("SELECT sha256 FROM kv_artifact")}
+    return {row[0] for row in conn.execute("SELECT sha256 FROM payload")}
 
 
 class KVRows(StoreBase):
@@ -237,7 +237,7 @@ class KVRows(StoreBase):
     def damaged_payloads(self) -> tuple[int, list[tuple[BlobRef, PayloadError]]]:
         """Read every payload in full: how many are sound, and which are not and why. Changes nothing."""
         with self._db.read() as conn:
-            refs = [BlobRef(*row) for row in conn.execute(_REFS)]
+            refs = [BlobRef(*row) for row in conn.execute(_REFS.replace("kv_artifact", "payload"))]
         damaged = []
         for ref in refs:
             try:
@@ -247,7 +247,7 @@ class KVRows(StoreBase):
         return len(refs) - len(damaged), damaged
 
     def _drop_payload(self, ref: BlobRef, error: PayloadError) -> None:
-        """Forget every record whose file this is."""
+        """Forget every record whose file this is; adapters stay (nothing makes them anew)."""
         with self._db.read() as conn:
             rows = conn.execute("SELECT DISTINCT identity FROM kv_artifact WHERE sha256 = ?", (ref.sha256,))
             identities = [row[0] for row in rows]

@@ -11,6 +11,7 @@ from memos_engine.errors import LifecycleError, MemoryNotFoundError
 from memos_engine.memory.cube import MemCube, is_cube_id
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.lifecycle import LifecycleState, check_move
+from memos_engine.memory.store_adapter_rows import revoke
 from memos_engine.memory.store_fts import forget_passages
 from memos_engine.memory.store_kv import KVRows, drop_rows
 from memos_engine.memory.store_rows import attempt, find, find_own, record_event, record_move, refused
@@ -160,7 +161,9 @@ def put_to(
     now: str,
 ) -> list[BlobRef]:
     """A move that was checked already."""
-    refs = drop_rows(conn, cube.id) if target is LifecycleState.EXPIRED else []
+    refs = []
+    if target is LifecycleState.EXPIRED:
+        refs = drop_rows(conn, cube.id) + revoke(conn, principal, cube.id, event, now)[0]
     record_move(conn, principal, cube, event, target, now)
     if target is LifecycleState.EXPIRED:
         flag_derived(conn, principal, cube.id, now)
@@ -179,7 +182,8 @@ def _erase(conn: sqlite3.Connection, principal: Principal, cube_id: str, now: st
     """Destroy one memory's rows, unless that was done before."""
     if conn.execute("SELECT 1 FROM erasure WHERE cube_id = ?", (cube_id,)).fetchone():
         return []
-    refs = drop_rows(conn, cube_id)
+    revoked, ended = revoke(conn, principal, cube_id, "erased", now)
+    refs = drop_rows(conn, cube_id) + revoked
     payloads = json.dumps([(ref.sha256, ref.size, ref.checksum) for ref in refs])
     conn.execute("INSERT INTO erasure (cube_id, at, payloads) VALUES (?, ?, ?)", (cube_id, now, payloads))
     forget_passages(conn, cube_id)
@@ -192,4 +196,6 @@ def _erase(conn: sqlite3.Connection, principal: Principal, cube_id: str, now: st
     (version,) = conn.execute("SELECT version FROM cube WHERE id = ?", (cube_id,)).fetchone()
     record_event(conn, principal, cube_id, version, "erased", LifecycleState.EXPIRED, now)
     flag_derived(conn, principal, cube_id, now)
+    for adapter in ended:  # made from nothing but this
+        refs += _erase(conn, principal, adapter, now)
     return refs

@@ -105,9 +105,9 @@ class TimeVerbs(WriteVerbs, LifeVerbs):
         """Take all of the caller's own memories back to a moment on the store's clock.
 
         Contents, facts and states become what they were; memories added later are archived; deleted ones come
-        back; erased ones never, nor those past their time to live. Settings, grants and numbers of uses stay.
-        With `dry_run` nothing changes, the result says what would. Raises `MemoryInputError` for a moment to
-        come.
+        back; erased ones never, nor those past their time to live, nor adapters. Settings, grants and numbers
+        of uses stay. With `dry_run` nothing changes, the result says what would. Raises `MemoryInputError`
+        for a moment to come.
         """
         at = moment_text(moment)
         restored, put_away, ended = [], [], []
@@ -119,8 +119,8 @@ class TimeVerbs(WriteVerbs, LifeVerbs):
             rows = conn.execute(
                 "SELECT c.id, e.version, e.state FROM cube c LEFT JOIN cube_event e ON e.seq = "
                 f"{_LAST.format(' AND x.at <= :at')} WHERE {where} AND {_LAST.format('')} > coalesce(e.seq, "
-                "0) AND NOT EXISTS (SELECT 1 FROM erasure x WHERE x.cube_id = c.id) AND (c.ttl_at IS NULL "
-                "OR c.ttl_at > :now) ORDER BY c.id",
+                "0) AND c.kind <> 'lora' AND NOT EXISTS (SELECT 1 FROM erasure x WHERE x.cube_id = c.id) AND "
+                "(c.ttl_at IS NULL OR c.ttl_at > :now) ORDER BY c.id",
                 {**params, "at": at, "now": now},
             ).fetchall()
             for cube_id, version, state in rows:
@@ -210,8 +210,8 @@ class TimeVerbs(WriteVerbs, LifeVerbs):
             ).fetchone()
             conn.execute("INSERT INTO branch (scope, origin, at) VALUES (?, ?, ?)", (row[0], origin, now))
             originals = conn.execute(
-                f"SELECT c.id FROM cube c WHERE {where} AND c.state IN (SELECT value FROM "
-                "json_each(:states)) ORDER BY c.id",
+                f"SELECT c.id FROM cube c WHERE {where} AND c.kind <> 'lora' AND c.state IN (SELECT value "
+                "FROM json_each(:states)) ORDER BY c.id",
                 {**params, "now": now, "states": live_states()},
             ).fetchall()
             for (original,) in originals:

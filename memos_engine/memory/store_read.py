@@ -97,7 +97,7 @@ class ReadVerbs(StoreBase):
         limit: int | None = None,
     ) -> Cubes:
         """The memories that the caller sees in these states, by creation, the oldest `limit` of them; `own`:
-        without those of others.
+        without those of others. Adapters are not among them (see `adapters`).
 
         Deleted ones show only in `history`. With `valid_at` only those that hold at that time. Raises
         `MemoryInputError`.
@@ -106,8 +106,8 @@ class ReadVerbs(StoreBase):
         wanted = among(LifecycleState(state).value for state in states)
         with self._db.read() as conn:
             rows = conn.execute(
-                f"{select_cubes(seen)} WHERE {seen.where} AND {seen.state} IN (SELECT value FROM "
-                "json_each(:states)) ORDER BY c.id LIMIT :limit",
+                f"{select_cubes(seen)} WHERE {seen.where} AND c.kind <> 'lora' AND {seen.state} IN (SELECT "
+                "value FROM json_each(:states)) ORDER BY c.id LIMIT :limit",
                 {**seen.params, "states": wanted, "limit": -1 if limit is None else limit},
             ).fetchall()
         return [cube_of(row) for row in rows]

@@ -162,6 +162,8 @@ def check_version(cube: MemCube, if_version: int | None) -> None:
 
 def check_changeable(principal: Principal, cube: MemCube, tried: str) -> None:
     """Raises `LifecycleError`, to be audited, unless the memory may get a new version."""
+    if cube.kind == "lora":
+        raise refused(principal, cube, tried, "an adapter changes by `adapter import` and `rollback` only.")
     if cube.state not in CHANGEABLE:
         undo = "unfreeze" if cube.state is LifecycleState.FROZEN else "restore"
         raise refused(

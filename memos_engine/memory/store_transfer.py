@@ -34,6 +34,8 @@ class TransferVerbs(WriteVerbs, LifeVerbs):
             raise MemoryInputError("a transfer stays within the tenant; name another user.")
         with self._change() as (conn, now):
             cube = find(conn, principal, cube_id, now, action="read" if keep else "write")
+            if cube.kind == "lora":
+                raise MemoryInputError("an adapter stays with its owner; export it, where they agree.")
             if cube.owner == target:
                 raise MemoryInputError(f"memory {cube_id!r} is {target.user!r}'s already; name another.")
             if target.user != principal.user and not _welcome(conn, principal, target, now):

@@ -93,9 +93,9 @@ class VectorRows(StoreBase):
         where, params = visible(principal, self._now())
         with self._db.read() as conn:
             rows = conn.execute(
-                f"{SELECT_CUBE} WHERE {where} AND c.state IN (SELECT value FROM json_each(:states)) "
-                "AND NOT EXISTS (SELECT 1 FROM vector v WHERE v.cube_id = c.id AND v.version = c.version "
-                "AND v.model_id = :model) ORDER BY c.id LIMIT :limit",
+                f"{SELECT_CUBE} WHERE {where} AND c.kind <> 'lora' AND c.state IN (SELECT value FROM "
+                "json_each(:states)) AND NOT EXISTS (SELECT 1 FROM vector v WHERE v.cube_id = c.id AND "
+                "v.version = c.version AND v.model_id = :model) ORDER BY c.id LIMIT :limit",
                 {**params, "model": model_id, "states": live_states(), "limit": limit},
             ).fetchall()
         return [cube_of(row) for row in rows]

@@ -1,4 +1,4 @@
-"""MemVault: payload files (KV records, later LoRA), named by content and checked whenever they are read.
+"""MemVault: payload files (KV records, adapters), named by content and checked whenever they are read.
 
 A file is durable (fsync, rename, fsync of its folder) before `write` returns, so that a database row may
 name it. Files are read with pread into a buffer, never mapped: a truncated file would kill the process.
