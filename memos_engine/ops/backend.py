@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from memos_engine.errors import MemosEngineError
 
 if TYPE_CHECKING:
+    from memos_engine.ops.lora import LoraRows, LoraTable
     from memos_engine.ops.stack import LayerStack
 
 ISA_VARIABLE = "MEMOS_ENGINE_CPU_ISA"
@@ -27,6 +28,7 @@ OPS = (
     "rope",
     "silu_mul",
     "linear",
+    "lora_apply",
 )
 
 log = logging.getLogger("memos_engine")
@@ -126,6 +128,16 @@ class Backend(Protocol):
         self, x: Tensor, weight: Tensor, out: Tensor | None = None, scale: Tensor | None = None
     ) -> Tensor: ...
 
+    def lora_apply(
+        self,
+        x: Tensor,
+        outs: Sequence[Tensor],
+        table: LoraTable,
+        layer: int,
+        parts: Sequence[str],
+        rows: LoraRows,
+    ) -> None: ...
+
 
 def backend_for(device: torch.device | str) -> Backend:
     """The unchecked backend of a device: for callers that make their tensors right by construction."""
@@ -204,5 +216,6 @@ def describe() -> dict[str, dict[str, Any]]:
     for op in ("append_kv", "splice_kv"):
         table[op]["cuda"] = "native" if native else on_cuda
     table["linear"]["cuda"] = "torch"
+    table["lora_apply"]["cuda"] = "reference"
     table["cuda"] = {"available": torch.cuda.is_available(), "native": native, "triton": triton}
     return table

@@ -14,12 +14,13 @@ from torch import Tensor
 from memos_engine.ops import dense as dense_ops
 from memos_engine.ops import reference
 from memos_engine.ops.int8_kv import NO_SCALES, dequantize_v, native_arguments, page_arguments
-from memos_engine.ops.reference import linear
+from memos_engine.ops.reference import linear, lora_apply
 
 __all__ = [
     "append_kv",
     "attention_probe",
     "linear",
+    "lora_apply",
     "paged_attention",
     "rms_norm",
     "rope",
