@@ -36,6 +36,14 @@ class IntegrityError(MemosEngineError):
     """An internal invariant is broken (a bug): found by `check_integrity()`, never papered over."""
 
 
+class AdapterError(MemosEngineError):
+    """An adapter does not fit the model, its limits, or a request's stored KV."""
+
+
+class AdapterInUseError(AdapterError):
+    """An adapter, or every slot, is held by running requests."""
+
+
 class KernelContractError(MemosEngineError, ValueError):
     """A tensor handed to an op breaks its contract in docs/kernels.md."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memos_engine.config import DecoderConfig, Recompute, SamplingParams
+from memos_engine.decoder.adapters import AdapterBinding, AdapterSlots
 from memos_engine.decoder.batcher import Batcher, Rows
 from memos_engine.decoder.blocks import BlockPool
 from memos_engine.decoder.encoding import SpanEncoder
@@ -48,6 +49,8 @@ class DecoderEngine:
         model = PagedDecoder(spec, weights)
         model.int8 = self.config.int8_decode
         self.runner = ModelRunner(model, cache, self.config.max_batch)
+        self.adapters = AdapterSlots(spec, weights)
+        self.runner.adapters = self.adapters.table
         self.batcher = Batcher(self.pool, spec.max_positions, self.config)
         self._encoder = SpanEncoder(self.batcher, self.runner, self.config)
         self._samplers: dict[int, Sampler] = {}
@@ -83,6 +86,7 @@ class DecoderEngine:
         session: Session | None = None,
         on_output: Callable[[StepOutput], None] | None = None,
         recompute: Recompute = NOTHING,
+        adapter: AdapterBinding | None = None,
     ) -> Sequence:
         """Queues a request.
 
@@ -90,9 +94,9 @@ class DecoderEngine:
         request then stops at each `logits` until `feed`, and ends by `finish`. session: goes on behind the
         conversation so far; its root counts. on_output: called with each StepOutput, by whichever thread
         steps. recompute: the part of the spliced memories to compute again; earlier requests of a session
-        keep what they chose.
+        keep what they chose. adapter: acts on its tokens from `active_from` on.
 
-        Raises ContextLengthError or OutOfPagesError for a prompt that can never run, MemoryInputError for ids
+        Raises AdapterError for an adapter that does not fit, or stored spans not made under it, ContextLengthError or OutOfPagesError for a prompt that can never run, MemoryInputError for ids
         outside the vocabulary, an empty prompt, or a session that is busy or closed.
         """
         vocab = self.spec.vocab_size
@@ -112,8 +116,12 @@ class DecoderEngine:
                 session=session,
                 on_output=on_output,
                 recompute=recompute,
+                adapter=adapter,
+                layers=self.spec.num_layers,
             )
             sampler = Sampler(seq.params, self.runner.device)
+            self.batcher.check(seq)
+            self.adapters.bind(seq)
             self.batcher.add(seq)
             self._samplers[seq.id] = sampler
             if session is not None:
@@ -138,12 +146,13 @@ class DecoderEngine:
         root: bytes = b"",
         session: Session | None = None,
         recompute: Recompute = NOTHING,
+        adapter: AdapterBinding | None = None,
     ) -> Iterator[StepOutput]:
         """Streams one request's tokens. Closing the iterator early frees its pages.
 
         Several threads may do so at once: whoever steps, everybody reads their own request.
         """
-        seq = self.add_request(spans, params, root, session=session, recompute=recompute)
+        seq = self.add_request(spans, params, root, session=session, recompute=recompute, adapter=adapter)
         seen = 0
         try:
             while seq.finish_reason is None or seen < len(seq.output):

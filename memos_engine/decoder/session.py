@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Session:
     """spans: everything so far, questions and answers. blocks: pages that hold the first `computed` tokens;
     none where they were given away. selected: positions of spliced tokens that were computed again. epoch:
-    that of the pool when the pages were made."""
+    that of the pool when the pages were made. adapter_state: under which they were made, and from where."""
 
     root: bytes = b""
     spans: tuple[Span, ...] = ()
@@ -26,6 +26,7 @@ class Session:
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     epoch: int = 0
+    adapter_state: tuple[bytes, int] = (b"", 0)
     request: Sequence | None = None  # under way; one at a time
     closed: bool = False
 

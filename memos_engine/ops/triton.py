@@ -12,7 +12,7 @@ from memos_engine.kernels.rms_norm import rms_norm
 from memos_engine.kernels.rope import rope
 from memos_engine.kernels.silu_mul import silu_mul
 from memos_engine.kernels.splice_kv import splice_kv
-from memos_engine.ops.reference import linear
+from memos_engine.ops.reference import linear, lora_apply
 
 NAME = "triton"
 
@@ -20,6 +20,7 @@ __all__ = [
     "append_kv",
     "attention_probe",
     "linear",
+    "lora_apply",
     "paged_attention",
     "rms_norm",
     "rope",
