@@ -216,6 +216,5 @@ def describe() -> dict[str, dict[str, Any]]:
     for op in ("append_kv", "splice_kv"):
         table[op]["cuda"] = "native" if native else on_cuda
     table["linear"]["cuda"] = "torch"
-    table["lora_apply"]["cuda"] = "reference"
     table["cuda"] = {"available": torch.cuda.is_available(), "native": native, "triton": triton}
     return table

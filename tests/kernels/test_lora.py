@@ -189,3 +189,35 @@ def test_contracts():
     ):
         with pytest.raises(KernelContractError, match=match):
             ops.lora_apply(*args)
+
+
+def triton_kernel():
+    """The Triton module, which runs in the interpreter here."""
+    pytest.importorskip("triton")
+    from memos_engine.kernels import lora_apply
+
+    return lora_apply
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("tokens", [1, 5, 35])
+def test_triton_against_the_reference(monkeypatch, dtype, fused, tokens):
+    kernel = triton_kernel()
+    monkeypatch.setattr(kernel, "FUSED_ROWS", 1000 if fused else 0)
+    x, outs, table, parts, slots = case(dtype, tokens)
+    rows = rows_of(slots, [1.0, -0.25])
+    wanted = [out.clone() for out in outs]
+    reference.lora_apply(x, wanted, table, 0, parts, rows)
+    table.publish(2, None)
+    kernel.lora_apply(x, outs, table, 0, parts, rows)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for ours, want in zip(outs, wanted, strict=True):
+        torch.testing.assert_close(ours, want, **tolerance)
+
+
+def test_triton_leaves_an_empty_slot_alone():
+    x, outs, table, parts, _ = case(torch.float32)
+    before = [out.clone() for out in outs]
+    triton_kernel().lora_apply(x, outs, table, 0, parts, rows_of([3] * 7))
+    assert all(torch.equal(a, b) for a, b in zip(outs, before, strict=True))
