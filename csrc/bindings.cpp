@@ -189,9 +189,43 @@ StackLayer stack_layer(const std::vector<Address>& p, Size max_position, Size ro
             window};
 }
 
+LoraRows lora_rows(const std::vector<Address>& p, Size segments, Size count, Size slots, Size layers) {
+    return {at<const LoraPart* const>(p.at(0)),
+            at<int32_t>(p.at(1)),
+            at<int32_t>(p.at(2)),
+            at<int32_t>(p.at(3)),
+            at<float>(p.at(4)),
+            segments,
+            count,
+            slots,
+            layers};
+}
+
+int py_lora_apply(Address x, const std::vector<Address>& out, const std::vector<int>& part,
+                  const std::vector<Size>& outputs, const std::vector<Size>& out_token, int dtype,
+                  Size tokens, Size inputs, Size x_token, Size layer, const LoraRows& rows, int threads) {
+    Lora args = {};
+    args.x = at<void>(x), args.parts = static_cast<int>(out.size()), args.dtype = static_cast<DType>(dtype);
+    for (size_t i = 0; i < out.size() && i < 3; ++i)
+        args.out[i] = at<void>(out[i]), args.part[i] = part.at(i), args.outputs[i] = outputs.at(i),
+        args.out_token[i] = out_token.at(i);
+    args.tokens = tokens, args.inputs = inputs, args.x_token = x_token, args.layer = layer, args.rows = rows;
+    return unlocked([&] { return lora_apply(args, threads); });
+}
+
+// modules: [count] of LoraPack.
+void py_lora_pack(Address modules, Size count, int from, int to, int threads) {
+    unlocked([&] {
+        return lora_pack(at<LoraPack>(modules), count, static_cast<DType>(from), static_cast<DType>(to),
+                         threads),
+               0;
+    });
+}
+
 int py_run_stack(const Stack& stack, Address hidden, Address out, Address rows, Address slot,
                  Address positions, Address query_start, Address block_table, Address seq_lens, Size tokens,
-                 Size wanted, Size requests, Size max_blocks, Size table_stride, int threads) {
+                 Size wanted, Size requests, Size max_blocks, Size table_stride, const LoraRows* lora,
+                 int threads) {
     const StackCall call = {at<void>(hidden),
                             at<void>(out),
                             at<int64_t>(rows),
@@ -204,7 +238,8 @@ int py_run_stack(const Stack& stack, Address hidden, Address out, Address rows, 
                             wanted,
                             requests,
                             max_blocks,
-                            table_stride};
+                            table_stride,
+                            lora ? *lora : LoraRows{}};
     return unlocked([&] { return run_stack(stack, call, threads); });
 }
 
@@ -225,6 +260,9 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("rms_norm", &py_rms_norm);
     m.def("silu_mul", &py_silu_mul);
     m.def("linear", &py_linear);
+    m.def("lora_apply", &py_lora_apply);
+    m.def("lora_pack", &py_lora_pack);
+    py::class_<LoraRows>(m, "LoraRows").def(py::init(&lora_rows));
     py::class_<Stack>(m, "Stack")
         .def(py::init([](Address final_norm, int dtype, int norm_dtype, Size hidden, Size inner, Size heads,
                          Size kv_heads, Size head_dim, float eps, float sm_scale, Address k_pages,

@@ -33,12 +33,16 @@ class OutOfPagesError(MemosEngineError):
 
 
 class AdapterError(ModelError, ValueError):
-    """An adapter (LoRA) cannot be used: its files, its shapes, its numbers or its model; the message says
-    why."""
+    """An adapter (LoRA) cannot be used: its files, its shapes, its numbers, its model, or a request's stored
+    KV do not fit; the message says why."""
 
 
 class IntegrityError(MemosEngineError):
     """An internal invariant is broken (a bug): found by `check_integrity()`, never papered over."""
+
+
+class AdapterInUseError(AdapterError):
+    """An adapter, or every slot, is held by running requests."""
 
 
 class KernelContractError(MemosEngineError, ValueError):

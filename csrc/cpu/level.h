@@ -52,6 +52,19 @@ struct AddRows {
     int64_t tokens, to_token, from_token;
 };
 
+// Rows of one adapter, and what a delta makes of them. `mid` [rows][mid_row] is between a and b.
+struct LoraWork {
+    const LoraPart* part;
+    const void* x;  // [tokens, inputs]
+    DType dtype;
+    int64_t inputs, x_token;
+    const int32_t* rows;
+    int64_t count;
+    float scale;  // of the segment
+    float* mid;
+    int64_t mid_row;
+};
+
 struct Level {
     // `scratch` holds as many bytes as the function's own `..._scratch(head_dim)` says.
     void (*attention)(const Attention&, const AttentionItem&, float* scratch);
@@ -71,6 +84,12 @@ struct Level {
     int64_t (*linear_scratch)(const Linear&);
     void (*linear_pack)(const Linear&, void* packed);  // x in the form that `linear` reads
     void (*linear)(const Linear&, const void* packed, int64_t output, int64_t output_end);
+    int64_t (*lora_scratch)(const LoraWork&);
+    // mid = scale * a x, for a range of ranks.
+    void (*lora_shrink)(const LoraWork&, int64_t rank, int64_t rank_end, void* scratch);
+    // out [tokens, outputs] += b mid, for a range of outputs that begins with a block.
+    void (*lora_expand)(const LoraWork&, void* out, int64_t out_token, int64_t output, int64_t output_end);
+    void (*lora_pack)(const LoraPack&, DType from, DType to, float* scratch);  // kLoraBlock * rank floats
 };
 
 const Level* selected_level();

@@ -5,13 +5,16 @@
 #include <map>
 
 #include "attention_plan.h"
+#include "lora_plan.h"
 #include "threads.h"
 
 namespace memos_engine {
 namespace {
 
-constexpr int64_t kOutputs = 32;  // of one item of a product
+constexpr int64_t kOutputs = kLoraBlock;  // of one item of a product
 constexpr int64_t kStagesOfLayer = 8;
+constexpr int kLoraGroups = 4;  // of projections that share their input: qkv, o, gate and up, down
+constexpr int kGroupFirst[kLoraGroups] = {0, 3, 4, 6}, kGroupSize[kLoraGroups] = {3, 1, 2, 1};
 constexpr int64_t kOwnRows = 8;  // so few rows are normed by every thread for itself, which saves a barrier
 
 class Forward {
@@ -24,6 +27,8 @@ class Forward {
           page_element_(size_of(stack.page_dtype)) {}
 
     Status check() const {
+        if (c_.lora.segments > 0 && c_.lora.layers != (int64_t)s_.layers.size()) return Status::bad_lora_rows;
+        if (const Status status = LoraPlan::check(c_.lora, c_.tokens); status != Status::ok) return status;
         for (int64_t i = 0; i < c_.tokens; ++i)
             if (c_.slot[i] >= s_.blocks * s_.page) return Status::bad_slot;
         for (const StackLayer& layer : s_.layers) {
@@ -55,17 +60,50 @@ class Forward {
                 made.group_of.insert(made.group_of.end(), (size_t)made.plan.groups[g].count, (int32_t)g);
             made.done = std::vector<std::atomic<int>>(made.plan.groups.size());
         }
+        if (c_.lora.segments > 0) prepare_lora();
     }
 
-    int64_t stages() const { return kStagesOfLayer * (int64_t)s_.layers.size() + 1; }
+    void prepare_lora() {
+        const size_t count = s_.layers.size() * kLoraGroups;
+        lora_.resize(count), shrunk_ = std::vector<std::atomic<int64_t>>(count);
+        int64_t floats = 0;
+        for (size_t i = 0; i < count; ++i) {
+            const int group = (int)(i % kLoraGroups);
+            const int64_t q = s_.heads * s_.head_dim;
+            const int64_t inputs = group == 1 ? q : group == 3 ? s_.inner : s_.hidden;
+            int parts[3];
+            for (int p = 0; p < kGroupSize[group]; ++p) parts[p] = kGroupFirst[group] + p;
+            LoraPlan::make(lora_[i], c_.lora, (int64_t)i / kLoraGroups, parts, kGroupSize[group], s_.dtype,
+                           inputs, inputs);
+            floats = std::max(floats, LoraPlan::floats(lora_[i]));
+        }
+        float* mid = (float*)mid_.claim(floats * (int64_t)sizeof(float));
+        for (LoraStage& stage : lora_) LoraPlan::place(stage, mid);
+    }
+
+    int64_t stages() const { return kStagesOfLayer * (int64_t)s_.layers.size() + 1 + (int64_t)lora_.size(); }
 
     void run(Team& team, int thread) {
         int64_t next = 0;
         const auto stage = [&](int64_t count, const auto& f) { team.stage(next++, count, thread, f); };
         const int64_t q = s_.heads * s_.head_dim, kv = s_.kv_heads * s_.head_dim;
         const int64_t q_items = items(q), kv_items = items(kv);
-        // The residual stream, normed and packed for the products of this thread.
-        const auto normed = [&](const void* weight, const float* scale, int64_t outputs) {
+        // The deltas of a group of projections: threads share the first half of the work, and whoever comes to
+        // the second half waits only for what is still under way then.
+        const auto shrunk = [&](size_t layer, int group, const char* x) -> const LoraStage* {
+            if (lora_.empty()) return nullptr;
+            const size_t at = layer * kLoraGroups + (size_t)group;
+            const LoraStage& lora = lora_[at];
+            if (lora.empty()) return nullptr;
+            const int64_t first = kStagesOfLayer * (int64_t)s_.layers.size() + 1;
+            team.share(first + (int64_t)at, lora.shrinks(), thread, [&](int64_t item) {
+                lora.shrink(item, x, level_);
+                shrunk_[at].fetch_add(1, std::memory_order_release);
+            });
+            return &lora;
+        };
+        const char* rows = nullptr;  // of the residual stream, normed
+        const auto normed = [&](const void* weight) {
             char* x = x_;
             if (c_.tokens <= kOwnRows) {
                 x = own_x_.claim(c_.tokens * s_.hidden * element_);
@@ -76,30 +114,40 @@ class Forward {
                     norm((char*)c_.hidden + at, weight, x_ + at, 1, s_.hidden);
                 });
             }
-            return pack(x, scale, s_.hidden, outputs);
+            rows = x;
         };
         for (size_t i = 0; i < s_.layers.size(); ++i) {
             const StackLayer& layer = s_.layers[i];
-            const char* x = normed(layer.input_norm, layer.q_scale, q);
+            normed(layer.input_norm);
+            const char* x = pack(rows, layer.q_scale, s_.hidden, q);
+            const LoraStage* lora = shrunk(i, 0, rows);
             stage(q_items + 2 * kv_items, [&](int64_t item) {
-                if (item < q_items)
-                    return product(x, layer.q, layer.q_scale, layer.q_bias, q_, s_.hidden, q, item);
+                const auto one = [&](int which, const void* weight, const float* scale, const void* bias,
+                                     char* out, int64_t outputs, int64_t at) {
+                    fetch(lora, which, at);
+                    product(x, weight, scale, bias, out, s_.hidden, outputs, at);
+                    expand(lora, which, out, outputs, at);
+                };
+                if (item < q_items) return one(0, layer.q, layer.q_scale, layer.q_bias, q_, q, item);
                 item -= q_items;
-                if (item < kv_items)
-                    return product(x, layer.k, layer.k_scale, layer.k_bias, k_, s_.hidden, kv, item);
-                product(x, layer.v, layer.v_scale, layer.v_bias, v_, s_.hidden, kv, item - kv_items);
+                if (item < kv_items) return one(1, layer.k, layer.k_scale, layer.k_bias, k_, kv, item);
+                one(2, layer.v, layer.v_scale, layer.v_bias, v_, kv, item - kv_items);
             });
             stage(c_.tokens, [&](int64_t token) { place(layer, (int64_t)i, token); });
             Planned& planned = plans_.at(layer.window);
             const Attention a = attention(layer, (int64_t)i);
             stage((int64_t)planned.plan.items.size(), [&](int64_t item) { attend(a, planned, item); });
             x = pack(attended_, layer.o_scale, q, s_.hidden);
-            stage(items(s_.hidden), [&](int64_t item) { added(x, layer.o, layer.o_scale, q, item); });
-            x = normed(layer.post_norm, layer.gate_scale, s_.inner);
-            stage(items(s_.inner), [&](int64_t item) { gated(x, layer, item); });
+            lora = shrunk(i, 1, attended_);
+            stage(items(s_.hidden), [&](int64_t item) { added(x, layer.o, layer.o_scale, q, lora, item); });
+            normed(layer.post_norm);
+            x = pack(rows, layer.gate_scale, s_.hidden, s_.inner);
+            lora = shrunk(i, 2, rows);
+            stage(items(s_.inner), [&](int64_t item) { gated(x, layer, lora, item); });
             x = pack(act_, layer.down_scale, s_.inner, s_.hidden);
+            lora = shrunk(i, 3, act_);
             stage(items(s_.hidden),
-                  [&](int64_t item) { added(x, layer.down, layer.down_scale, s_.inner, item); });
+                  [&](int64_t item) { added(x, layer.down, layer.down_scale, s_.inner, lora, item); });
         }
         stage(c_.wanted, [&](int64_t row) {
             const int64_t token = c_.rows ? c_.rows[row] : row, size = s_.hidden * element_;
@@ -116,7 +164,7 @@ class Forward {
             return (char*)(((uintptr_t)bytes.data() + 63) / 64 * 64);
         }
     };
-    static thread_local Buffer shared_, own_x_, packed_;
+    static thread_local Buffer shared_, own_x_, packed_, mid_;
 
     struct Planned {
         AttentionPlan plan;
@@ -153,16 +201,33 @@ class Forward {
         if (bias) level_.add_rows({out, bias, s_.dtype, c_.tokens, outputs, 0}, begin, end);
     }
 
+    void fetch(const LoraStage* lora, int which, int64_t item) const {
+        if (lora) lora->fetch(which, item * kOutputs);
+    }
+
+    // Adds deltas to a product of all tokens.
+    void expand(const LoraStage* lora, int which, void* out, int64_t outputs, int64_t item) const {
+        if (!lora) return;
+        Team::await(shrunk_[(size_t)(lora - lora_.data())], lora->shrinks());
+        const int64_t begin = item * kOutputs;
+        lora->expand(which, out, outputs, begin, std::min(outputs, begin + kOutputs), level_);
+    }
+
     // A product that goes into the residual stream.
-    void added(const char* x, const void* weight, const float* scale, int64_t inputs, int64_t item) const {
+    void added(const char* x, const void* weight, const float* scale, int64_t inputs, const LoraStage* lora,
+               int64_t item) const {
+        fetch(lora, 0, item);
         product(x, weight, scale, nullptr, y_, inputs, s_.hidden, item);
+        expand(lora, 0, y_, s_.hidden, item);
         const int64_t begin = item * kOutputs, end = std::min(s_.hidden, begin + kOutputs);
         level_.add_rows({c_.hidden, y_, s_.dtype, c_.tokens, s_.hidden, s_.hidden}, begin, end);
     }
 
-    void gated(const char* x, const StackLayer& layer, int64_t item) const {
+    void gated(const char* x, const StackLayer& layer, const LoraStage* lora, int64_t item) const {
+        fetch(lora, 0, item), fetch(lora, 1, item);
         product(x, layer.gate, layer.gate_scale, nullptr, gate_, s_.hidden, s_.inner, item);
         product(x, layer.up, layer.up_scale, nullptr, up_, s_.hidden, s_.inner, item);
+        expand(lora, 0, gate_, s_.inner, item), expand(lora, 1, up_, s_.inner, item);
         const int64_t begin = item * kOutputs, width = std::min(s_.inner, begin + kOutputs) - begin;
         const int64_t at = begin * element_;
         const SiluMul args = {gate_ + at, up_ + at, act_ + at, s_.dtype, c_.tokens,
@@ -276,9 +341,11 @@ class Forward {
     char *q_ = nullptr, *attended_ = nullptr, *k_ = nullptr, *v_ = nullptr, *x_ = nullptr, *y_ = nullptr;
     char *gate_ = nullptr, *up_ = nullptr, *act_ = nullptr;
     std::map<int64_t, Planned> plans_;  // by window
+    std::vector<LoraStage> lora_;       // kLoraGroups a layer; none where no row has an adapter
+    std::vector<std::atomic<int64_t>> shrunk_;
 };
 
-thread_local Forward::Buffer Forward::shared_, Forward::own_x_, Forward::packed_;
+thread_local Forward::Buffer Forward::shared_, Forward::own_x_, Forward::packed_, Forward::mid_;
 
 }  // namespace
 

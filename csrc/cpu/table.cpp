@@ -23,13 +23,17 @@ void add_rows(const AddRows&, int64_t, int64_t);
 int64_t linear_scratch(const Linear&);
 void linear_pack(const Linear&, void*);
 void linear(const Linear&, const void*, int64_t, int64_t);
+int64_t lora_scratch(const LoraWork&);
+void lora_shrink(const LoraWork&, int64_t, int64_t, void*);
+void lora_expand(const LoraWork&, void*, int64_t, int64_t, int64_t);
+void lora_pack(const LoraPack&, DType, DType, float*);
 
 extern const Level level;
 const Level level = {
     attention,     attention_decode, attention_merge, attention_scratch, decode_scratch,
     probe_scratch, probe_pack,       probe,           write_kv,          rope,
     rms_norm,      silu_mul,         add_rows,        linear_scratch,    linear_pack,
-    linear,
+    linear,        lora_scratch,     lora_shrink,     lora_expand,       lora_pack,
 };
 
 }  // namespace ME_LEVEL

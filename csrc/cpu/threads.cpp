@@ -48,6 +48,17 @@ void pause() {
 #endif
 }
 
+template <class F>
+void spin(const F& until) {
+    constexpr int kSpins = 4000;  // about ten microseconds; longer waits mean that a core is taken
+    for (int spin = 0; !until(); ++spin) {
+        if (spin >= kSpins)
+            sched_yield();
+        else
+            pause();
+    }
+}
+
 struct Scratch {
     void* data = nullptr;
     int64_t size = 0;
@@ -80,13 +91,11 @@ void Team::barrier() {
         round_.store(round + 1, std::memory_order_release);
         return;
     }
-    constexpr int kSpins = 4000;  // about ten microseconds; longer waits mean that a core is taken
-    for (int spin = 0; round_.load(std::memory_order_acquire) == round; ++spin) {
-        if (spin >= kSpins)
-            sched_yield();
-        else
-            pause();
-    }
+    spin([&] { return round_.load(std::memory_order_acquire) != round; });
+}
+
+void Team::await(const std::atomic<int64_t>& done, int64_t count) {
+    spin([&] { return done.load(std::memory_order_acquire) >= count; });
 }
 
 void parallel_team(Team& team, int threads, void (*body)(void*, Team&, int), void* context) {

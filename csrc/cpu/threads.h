@@ -27,14 +27,23 @@ class Team {
     // in order, as prefetchers like it, and then helps the others with theirs.
     template <class F>
     void stage(int64_t index, int64_t count, int thread, const F& f) {
+        share(index, count, thread, f);
+        barrier();
+    }
+
+    // A stage whose end nobody waits for: when it returns, every item is done or another thread is at it.
+    template <class F>
+    void share(int64_t index, int64_t count, int thread, const F& f) {
         for (int i = 0; i < size_; ++i) {
             const int owner = (thread + i) % size_;
             const int64_t begin = owner * count / size_, end = (owner + 1) * count / size_;
             std::atomic<int64_t>& next = counters_[(std::size_t)(index * most_ + owner)].next;
             for (int64_t item; (item = begin + next.fetch_add(1, std::memory_order_relaxed)) < end;) f(item);
         }
-        barrier();
     }
+
+    // Waits until `done` has reached `count`; what was written before it was raised is seen.
+    static void await(const std::atomic<int64_t>& done, int64_t count);
 
     void barrier();
     void start(int size) { size_ = size < most_ ? size : most_; }

@@ -74,6 +74,7 @@ class Batcher:
     def drop(self, seq: Sequence) -> None:
         """Takes a request out, wherever it is, and returns its pages."""
         self._release(seq)
+        seq.return_adapter()
         if seq.session is not None and seq.session.request is seq:
             seq.session.request = None
         for place in (self.running, self.parked, self.waiting):
@@ -86,6 +87,7 @@ class Batcher:
         session = seq.session
         if session is not None and not session.closed:
             session.computed, session.epoch = seq.computed, seq.epoch
+            session.adapter_state = seq.adapter_state
             session.spans = (*seq.spans, *seq.answer_span())
             session.selected = (*seq.kept, *(seq.selected or ()))
             session.blocks, seq.blocks = seq.blocks, session.blocks
@@ -104,7 +106,7 @@ class Batcher:
         if seq.epoch != self.pool.epoch or not seq.blocks:
             return
         page, limit = self.pool.page, min(seq.exact_tokens, seq.computed)
-        extend_keys(seq.keys, seq.root, seq.tokens[:limit], page)
+        extend_keys(seq.keys, seq.root, seq.tokens[:limit], page, *seq.adapter_state)
         for block, key in zip(seq.blocks[: limit // page], seq.keys, strict=False):
             self.pool.publish(block, key)
 
@@ -191,13 +193,25 @@ class Batcher:
                 # The session keeps its hold: should the request fail, it stands where it stood. Only rows
                 # behind `computed` are written, so the last page needs no copy; pages behind it, if there are
                 # any, may be shared.
+                if session.adapter_state != seq.adapter_state:
+                    return self._take_base(session, seq)
                 seq.blocks = session.blocks[: -(-session.computed // self.pool.page)]
                 self.pool.acquire(seq.blocks)
                 return session.computed
             self._empty(session)
-        extend_keys(seq.keys, seq.root, seq.tokens[: seq.exact_tokens], self.pool.page)
+        extend_keys(seq.keys, seq.root, seq.tokens[: seq.exact_tokens], self.pool.page, *seq.adapter_state)
         seq.blocks = self.pool.match(seq.keys)  # held by the request: drop() returns them
         return len(seq.blocks) * self.pool.page
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless every page is accounted for."""
+        held = [seq.blocks for seq in self.running] + [session.blocks for session in self.sessions]
+        self.pool.check_integrity(held)
+
+    def ahead(self) -> list[int]:
+        """Prompt rows that each waiting or running request still has to compute."""
+        waiting = [seq.prompt_len - seq.kv_tokens for seq in self.waiting]
+        return waiting + [len(seq.pending) for seq in self.running if len(seq.pending) > 1]
 
     def reusable(self, token_ids: Iterable[int], root: bytes) -> int:
         """Leading tokens of an exact prompt whose pages are in the index; nothing is held."""
@@ -206,6 +220,18 @@ class Batcher:
         found = self.pool.match(keys)
         self.pool.release(found)
         return len(found) * self.pool.page
+
+    def _take_base(self, session: Session, seq: Sequence) -> int:
+        """Of a session whose pages were made under another adapter, those that came before any adapter."""
+        starts = [first for state, first in (session.adapter_state, seq.adapter_state) if state]
+        whole = min([session.computed, *starts]) // self.pool.page
+        seq.stats.adapter_miss = (
+            f"{session.computed - whole * self.pool.page} tokens of the session were computed under another "
+            "adapter state; they are computed again"
+        )
+        seq.blocks = session.blocks[:whole]
+        self.pool.acquire(seq.blocks)
+        return whole * self.pool.page
 
     def _release(self, seq: Sequence) -> None:
         blocks, seq.blocks = seq.blocks, []

@@ -17,11 +17,19 @@ from collections.abc import Iterable, Sequence
 from memos_engine.errors import IntegrityError, OutOfPagesError
 
 
-def extend_keys(keys: list[bytes], root: bytes, token_ids: Sequence[int], page: int) -> None:
+def extend_keys(
+    keys: list[bytes],
+    root: bytes,
+    token_ids: Sequence[int],
+    page: int,
+    state: bytes = b"",
+    state_from: int = 0,
+) -> None:
     """Appends what `keys` lacks of the keys of all full pages of `token_ids`.
 
     root: digest of all else that shapes the pages (model, tenant salt). A key covers everything to the left
-    of its page's end; SHA-256, so keys are stable.
+    of its page's end; SHA-256, so keys are stable. state: what else shapes tokens from position `state_from`
+    on (`AdapterBinding.state`); it enters by a hash of its own, so that no root and no tokens can imitate it.
     """
     done = len(keys) * page
     raw = array("I", token_ids[done : len(token_ids) // page * page]).tobytes()
@@ -29,6 +37,8 @@ def extend_keys(keys: list[bytes], root: bytes, token_ids: Sequence[int], page: 
     previous = keys[-1] if keys else root
     for start in range(0, len(raw), size):
         previous = hashlib.sha256(previous + raw[start : start + size]).digest()
+        if state and (len(keys) + 1) * page > state_from:
+            previous = hashlib.blake2s(previous + state, person=b"adapter").digest()
         keys.append(previous)
 
 

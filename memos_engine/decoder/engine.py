@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memos_engine.config import DecoderConfig, Recompute, SamplingParams
+from memos_engine.decoder.adapters import AdapterBinding, AdapterSlots
 from memos_engine.decoder.batcher import Batcher, Rows
 from memos_engine.decoder.blocks import BlockPool
 from memos_engine.decoder.encoding import SpanEncoder
@@ -21,7 +22,7 @@ from memos_engine.decoder.kvcache import KVCache
 from memos_engine.decoder.model import PagedDecoder
 from memos_engine.decoder.runner import ModelRunner
 from memos_engine.decoder.sampler import Sampler, sample
-from memos_engine.decoder.sequence import NO_TOKEN, NOTHING, Sequence, Span, StepOutput, TextSpan
+from memos_engine.decoder.sequence import NO_TOKEN, NOTHING, Sequence, Span, StepOutput, require_known_ids
 from memos_engine.decoder.session import Session
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.decoder.weights import Weights
@@ -48,6 +49,8 @@ class DecoderEngine:
         model = PagedDecoder(spec, weights)
         model.int8 = self.config.int8_decode
         self.runner = ModelRunner(model, cache, self.config.max_batch)
+        self.adapters = AdapterSlots(spec, weights)
+        self.runner.adapters = self.adapters.table
         self.batcher = Batcher(self.pool, spec.max_positions, self.config)
         self._encoder = SpanEncoder(self.batcher, self.runner, self.config)
         self._samplers: dict[int, Sampler] = {}
@@ -60,8 +63,8 @@ class DecoderEngine:
 
     @property
     def kv_dtype(self) -> str:
-        """What K and V depend on, as a record's identity names it: the model's dtype, and that of the pages
-        where it is another, as everything behind the first layer is computed from what they hold."""
+        """What K and V depend on, as a record's identity names it: the model's dtype, and that of pages where
+        it is another, as all layers but the first are computed from what they hold."""
         dtype, pages = self.runner.model.weights.dtype, self.runner.cache.k.dtype
         return str(dtype) if pages == dtype else f"{dtype}, pages {pages}"
 
@@ -84,6 +87,7 @@ class DecoderEngine:
         on_output: Callable[[StepOutput], None] | None = None,
         recompute: Recompute = NOTHING,
         start_by: float | None = None,
+        adapter: AdapterBinding | None = None,
     ) -> Sequence:
         """Queues a request.
 
@@ -92,20 +96,17 @@ class DecoderEngine:
         conversation so far; its root counts. on_output: called with each StepOutput, by whichever thread
         steps. recompute: the part of the spliced memories to compute again; earlier requests of a session
         keep what they chose. start_by: on the clock of `time.perf_counter`, when it must be admitted for its
-        first token to come in time; who has to start sooner goes first.
+        first token to come in time; who has to start sooner goes first. adapter: acts on its tokens from
+        `active_from` on.
 
-        Raises ContextLengthError or OutOfPagesError for a prompt that can never run, MemoryInputError for ids
+        Raises AdapterError for an adapter that does not fit, or stored spans not made under it,
+        ContextLengthError or OutOfPagesError for a prompt that can never run, MemoryInputError for ids
         outside the vocabulary, an empty prompt, or a session that is busy or closed.
         """
-        vocab = self.spec.vocab_size
-        for span in spans:
-            ids = span.token_ids if isinstance(span, TextSpan) else ()
-            if ids and (min(ids) < 0 or max(ids) >= vocab):
-                raise MemoryInputError(f"A token id is outside the model's vocabulary of {vocab}.")
+        require_known_ids(spans, self.spec.vocab_size)
         with self._lock:
-            if session is not None and (session.closed or session.request is not None):
-                state = "closed" if session.closed else "busy with another request"
-                raise MemoryInputError(f"The session is {state}; open another one or wait.")
+            if session is not None:
+                session.require_idle()
             seq = Sequence(
                 spans,
                 params or SamplingParams(),
@@ -115,8 +116,12 @@ class DecoderEngine:
                 on_output=on_output,
                 recompute=recompute,
                 start_by=start_by,
+                adapter=adapter,
+                layers=self.spec.num_layers,
             )
             sampler = Sampler(seq.params, self.runner.device)
+            self.batcher.check(seq)
+            self.adapters.bind(seq)
             self.batcher.add(seq)
             self._samplers[seq.id] = sampler
             if session is not None:
@@ -142,12 +147,13 @@ class DecoderEngine:
         session: Session | None = None,
         recompute: Recompute = NOTHING,
         start_by: float | None = None,
+        adapter: AdapterBinding | None = None,
     ) -> Iterator[StepOutput]:
-        """Streams one request's tokens. Closing the iterator early frees its pages.
-
-        Several threads may do so at once: whoever steps, everybody reads their own request.
-        """
-        seq = self.add_request(spans, params, root, session=session, recompute=recompute, start_by=start_by)
+        """Streams one request's tokens. Closing the iterator early frees its pages. Several threads may do so
+        at once: whoever steps, everybody reads their own request."""
+        seq = self.add_request(
+            spans, params, root, session=session, recompute=recompute, start_by=start_by, adapter=adapter
+        )
         seen = 0
         try:
             while seq.finish_reason is None or seen < len(seq.output):
@@ -195,13 +201,10 @@ class DecoderEngine:
             self.runner.settle()  # its pages may be somebody else's next
             self.batcher.drop(seq)
 
-    # -- what a plan wants to know ---------------------------------------------------------------
-
     def ahead(self) -> list[int]:
         """Prompt rows that each request before a new one still has to compute."""
         with self._lock:
-            waiting = [s.prompt_len - s.kv_tokens for s in self.batcher.waiting]
-            return waiting + [len(s.pending) for s in self.batcher.running if len(s.pending) > 1]
+            return self.batcher.ahead()
 
     def reusable(self, token_ids: Seq[int], root: bytes = b"") -> int:
         """Leading tokens of an exact prompt that are in pages already."""
@@ -251,16 +254,14 @@ class DecoderEngine:
             self.batcher.as_text()
 
     def forget_prefixes(self) -> None:
-        """Drops all reusable pages: the weights changed, or an owner's memories must go."""
+        """Drops all reusable pages."""
         with self._lock:
             self.pool.forget()
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless every page is accounted for and the null block is still zero."""
         with self._lock:
-            batcher = self.batcher
-            held = [seq.blocks for seq in batcher.running] + [s.blocks for s in batcher.sessions]
-            self.pool.check_integrity(held)
+            self.batcher.check_integrity()
 
     # -- the parts of a step ---------------------------------------------------------------------
 

@@ -114,6 +114,8 @@ class GraphRunner:
         captured for a record must run eagerly.
         """
         requests, tokens = step.seq_lens.shape[0], step.token_ids.shape[0]
+        if step.lora is not None:
+            return None  # graphs are recorded without adapters
         prefill = requests != tokens
         size = _fitting(self.prefill_rows if prefill else self.batches, tokens)
         too_wide = step.block_table.shape[1] > self._buffers.block_table.shape[1]

@@ -11,7 +11,7 @@ from torch import Tensor
 from memos_engine.decoder.kvcache import Pages
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.decoder.weights import LayerWeights, Weights
-from memos_engine.ops import Backend
+from memos_engine.ops import Backend, LoraRows, LoraTable
 
 
 @dataclass(slots=True)
@@ -36,7 +36,8 @@ class StepInput:
 
     token_ids `[tokens] int64`, positions `[tokens] int32`, slot_mapping `[tokens] int64`,
     query_start `[B + 1] int32`, block_table `[B, max_blocks] int32`, seq_lens `[B] int32`. max_query_len and
-    dense are hints to `ops.backend.Backend.paged_attention`.
+    dense are hints to `ops.backend.Backend.paged_attention`. lora: slots, and which rows have an adapter;
+    None where none has.
     """
 
     token_ids: Tensor
@@ -48,6 +49,7 @@ class StepInput:
     max_query_len: int | None = None
     dense: bool = False
     probe: ProbeInput | None = None
+    lora: tuple[LoraTable, LoraRows] | None = None
 
 
 @dataclass(slots=True)
@@ -87,6 +89,7 @@ def attention(
     else:
         q, k, v = ops.linear(x, w.q), ops.linear(x, w.k), ops.linear(x, w.v)
     _add_biases((q, w.q_bias), (k, w.k_bias), (v, w.v_bias))
+    _add_deltas(ops, step, x, index, q=q, k=k, v=v)
     q, k, v = (part.view(tokens, -1, spec.head_dim) for part in (q, k, v))
     q, k = _head_norm(ops, q, w.q_norm, spec.rms_eps), _head_norm(ops, k, w.k_norm, spec.rms_eps)
     if cos_sin is not None:
@@ -136,25 +139,31 @@ def attention(
             spec.layers[index].window,
             pages.k_scale,
         )
-    out = ops.linear(out.reshape(tokens, -1), w.o)
+    x = out.reshape(tokens, -1)
+    out = ops.linear(x, w.o)
     _add_biases((out, w.o_bias))
+    _add_deltas(ops, step, x, index, o=out)
     return out, k, v
 
 
-def mlp(ops: Backend, spec: ModelSpec, weights: LayerWeights, x: Tensor) -> Tensor:
-    """The gated MLP: `down(act(gate(x)) * up(x))`. x `[tokens, hidden]`."""
+def mlp(
+    ops: Backend, spec: ModelSpec, index: int, weights: LayerWeights, x: Tensor, step: StepInput
+) -> Tensor:
+    """The gated MLP of layer `index`: `down(act(gate(x)) * up(x))`. x `[tokens, hidden]`."""
     w = weights
     if w.gate_up is not None:
         gate, up = ops.linear(x, w.gate_up).chunk(2, dim=1)
     else:
         gate, up = ops.linear(x, w.gate), ops.linear(x, w.up)
     _add_biases((gate, w.gate_bias), (up, w.up_bias))
+    _add_deltas(ops, step, x, index, gate=gate, up=up)
     if spec.activation == "silu":
         inner = ops.silu_mul(gate, up)
     else:
         inner = F.gelu(gate, approximate="tanh").mul_(up)
     out = ops.linear(inner, w.down)
     _add_biases((out, w.down_bias))
+    _add_deltas(ops, step, inner, index, down=out)
     return out
 
 
@@ -162,6 +171,13 @@ def _add_biases(*pairs: tuple[Tensor, Tensor | None]) -> None:
     for product, bias in pairs:
         if bias is not None:
             product += bias
+
+
+def _add_deltas(ops: Backend, step: StepInput, x: Tensor, index: int, **products: Tensor) -> None:
+    """The adapters' part of products of x, by projection, in one call."""
+    if step.lora is not None:
+        table, rows = step.lora
+        ops.lora_apply(x, tuple(products.values()), table, index, tuple(products), rows)
 
 
 def _head_norm(ops: Backend, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -84,6 +84,7 @@ class PagedDecoder:
                 step.block_table,
                 step.seq_lens,
                 rows,
+                step.lora,
             )
         x = ops.rms_norm(hidden, all_layers[0].input_norm, eps)
         for index, weights in enumerate(all_layers):
@@ -97,7 +98,7 @@ class PagedDecoder:
             if weights.attn_out_norm is not None:
                 out = ops.rms_norm(out, weights.attn_out_norm, eps)
             x = ops.rms_norm(out, weights.post_norm, eps, residual=hidden)
-            out = layers.mlp(ops, spec, weights, x)
+            out = layers.mlp(ops, spec, index, weights, x, step)
             if weights.mlp_out_norm is not None:
                 out = ops.rms_norm(out, weights.mlp_out_norm, eps)
             if index + 1 < spec.num_layers:

@@ -71,6 +71,11 @@ class KVRecord:
         return len(self.token_ids)
 
     @property
+    def adapter(self) -> str:
+        """The adapter state it was made under (`AdapterBinding.state`, hex), empty for the base model."""
+        return "".join(self.header.get("identity_fields", {}).get("adapters", ()))
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 

@@ -16,6 +16,7 @@ from memos_engine.decoder.model import PagedDecoder
 from memos_engine.decoder.recompute import Probe
 from memos_engine.decoder.sequence import Sequence, Splice
 from memos_engine.decoder.splice import require_fitting, splice
+from memos_engine.ops.lora import SEGMENT_ROWS, LoraRows, LoraTable
 
 
 class ModelRunner:
@@ -26,6 +27,7 @@ class ModelRunner:
         self.cache = cache
         self.graphs = graph_runner(model, cache, max_batch)
         self.device = model.weights.device
+        self.adapters: LoraTable | None = None  # slots that requests' `slot` counts in
         self._arriving: list[tuple[Splice, Tensor]] = []  # with their slots; the next forward writes them
 
     def copy_pages(self, copies: list[tuple[int, int]]) -> None:
@@ -130,6 +132,32 @@ class ModelRunner:
             seq_lens=self._put(np.asarray([rows[-1] + 1 for _, rows in batch], dtype=np.int32)),
             max_query_len=max(counts),
             dense=len(batch) == 1 and batch[0][1][-1] + 1 == counts[0],  # ascending: all from 0 on
+            lora=self._lora(batch),
+        )
+
+    def _lora(self, batch: Seq[Rows]) -> tuple[LoraTable, LoraRows] | None:
+        """Rows by adapter and scale, in segments; None where no row has one."""
+        groups: dict[tuple[int, float], list[int]] = {}
+        first = 0
+        for seq, rows in batch:
+            if seq.adapter is not None and seq.slot >= 0:
+                active = [first + i for i, p in enumerate(rows) if p >= seq.adapter.active_from]
+                if active:
+                    groups.setdefault((seq.slot, seq.adapter.scale), []).extend(active)
+            first += len(rows)
+        if not groups or self.adapters is None:
+            return None
+        segments = [
+            (slot, scale, rows[at : at + SEGMENT_ROWS])
+            for (slot, scale), rows in groups.items()
+            for at in range(0, len(rows), SEGMENT_ROWS)
+        ]
+        start = np.cumsum([0, *(len(rows) for _, _, rows in segments)])
+        return self.adapters, LoraRows(
+            order=self._put(np.asarray([row for *_, rows in segments for row in rows], dtype=np.int32)),
+            start=self._put(start.astype(np.int32)),
+            slot=self._put(np.asarray([slot for slot, _, _ in segments], dtype=np.int32)),
+            scale=self._put(np.asarray([scale for _, scale, _ in segments], dtype=np.float32)),
         )
 
     def grow(self, num_blocks: int, used: list[int]) -> None:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from memos_engine.config import Recompute, SamplingParams
+from memos_engine.decoder.adapters import AdapterBinding
 from memos_engine.decoder.identity import ids_digest
 from memos_engine.decoder.recompute import Placed, Probe, by_rank, probe
 from memos_engine.decoder.record import KVRecord
-from memos_engine.errors import MemoryInputError
+from memos_engine.errors import AdapterError, MemoryInputError
 
 if TYPE_CHECKING:
     from memos_engine.decoder.session import Session
@@ -49,6 +50,14 @@ class KVSpan:
 Span = TextSpan | KVSpan
 
 
+def require_known_ids(spans: Seq[Span], vocab: int) -> None:
+    """Raises MemoryInputError for text with ids outside a vocabulary."""
+    for span in spans:
+        ids = span.token_ids if isinstance(span, TextSpan) else ()
+        if ids and (min(ids) < 0 or max(ids) >= vocab):
+            raise MemoryInputError(f"A token id is outside the model's vocabulary of {vocab}.")
+
+
 @dataclass(frozen=True)
 class Splice:
     """Rows `skip ...` of a record, up to row `stop` (all that follow: None), go to positions `start ...`."""
@@ -73,7 +82,8 @@ class Stats:
     computed_tokens counts recomputed_tokens too, memory tokens from a record that were computed again.
     spliced_tokens were written for this request, shared_tokens found in pages that were spliced before.
     preemptions: how often its pages were taken and its plan replayed; the token counts are those of the last
-    admission.
+    admission. adapter_miss: why KV that was there could not be used under this request's adapter, empty where
+    none was refused.
     """
 
     created: float = field(default_factory=time.perf_counter)
@@ -89,6 +99,7 @@ class Stats:
     computed_tokens: int = 0
     recomputed_tokens: int = 0
     preemptions: int = 0
+    adapter_miss: str = ""
 
     def since_created(self) -> float:
         return (time.perf_counter() - self.created) * 1e3
@@ -131,6 +142,8 @@ class Sequence:
         on_output: Callable[[StepOutput], None] | None = None,
         recompute: Recompute = NOTHING,
         start_by: float | None = None,
+        adapter: AdapterBinding | None = None,
+        layers: int = 0,
     ) -> None:
         if not spans or not isinstance(spans[-1], TextSpan) or not spans[-1].token_ids:
             raise MemoryInputError("A prompt must end in at least one token of text.")
@@ -152,7 +165,17 @@ class Sequence:
         self.tokens: list[int] = [t for span in self.spans for t in span.token_ids]
         self.prompt_len = len(self.tokens)
         self.exact, self.in_place = self._lengths()
+        self.adapter, self.slot = adapter, -1
+        self.on_return: Callable[[], None] | None = None  # gives the adapter back
+        self.adapter_state = (
+            adapter.state(layers) if adapter else b"",
+            adapter.active_from if adapter else 0,
+        )
+        if not self.adapter_state[0]:
+            self.adapter_state = (b"", 0)
+        self.adapter_approximate = False
         self.page_keys: dict[int, bytes] | None = None
+        self._meet_adapter()
         self.keys: list[bytes] = []  # of the full exact pages, as far as they were needed
         self.blocks: list[int] = []
         self.pending: list[int] = []
@@ -164,6 +187,34 @@ class Sequence:
         self.start_by = self.stats.created + PATIENCE_S if start_by is None else start_by
         if 0 < recompute.share < 1:
             self._select()
+
+    def return_adapter(self) -> None:
+        """At the request's end. Safe to repeat."""
+        back, self.on_return = self.on_return, None
+        if back is not None:
+            back()
+
+    def _meet_adapter(self) -> None:
+        """Stored spans must have been made under the adapter state that they are read under; where they were
+        not, and the binding allows it, they end what is exact."""
+        state, active = self.adapter_state
+        start = 0
+        for span in self.spans:
+            end = start + len(span.token_ids)
+            if isinstance(span, KVSpan):
+                wanted = state.hex() if state and start >= active else ""
+                straddles = bool(state) and start < active < end
+                if straddles or span.record.adapter != wanted:
+                    if self.adapter is None or not self.adapter.approximate:
+                        made = span.record.adapter[:12] or "no adapter"
+                        raise AdapterError(
+                            f"The stored span at positions {start} to {end} was made under {made}, but the "
+                            f"request reads it under {wanted[:12] or 'no adapter'}. Let the adapter act from "
+                            "behind it (active_from), give the span as text, or allow approximate=True."
+                        )
+                    self.exact, self.in_place = min(self.exact, start), min(self.in_place, start)
+                    self.adapter_approximate, self.page_keys = True, {}
+            start = end
 
     @property
     def output(self) -> list[int]:
@@ -197,6 +248,7 @@ class Sequence:
         self.spans = tuple(TextSpan(span.token_ids) for span in self.spans)
         self.exact, self.in_place, self.keys = self.prompt_len, self.prompt_len, []
         self.kept, self.selected, self.probe, self.page_keys = (), (), None, None
+        self.adapter_approximate = False
 
     def answer_span(self) -> tuple[Span, ...]:
         """The answer as text, for those who go on behind it."""

@@ -8,21 +8,27 @@ breaks them raises `KernelContractError`. A caller whose tensors are right by co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from memos_engine.ops import contracts
 from memos_engine.ops.backend import OPS, Backend, backend_for, describe, layer_stack_of
+from memos_engine.ops.lora import LoraRows, LoraTable
 from memos_engine.ops.reference import rope_table
 
 __all__ = [
     "OPS",
     "Backend",
+    "LoraRows",
+    "LoraTable",
     "append_kv",
     "attention_probe",
     "backend_for",
     "describe",
     "layer_stack_of",
     "linear",
+    "lora_apply",
     "paged_attention",
     "rms_norm",
     "rope",
@@ -234,3 +240,22 @@ def linear(x: Tensor, weight: Tensor, out: Tensor | None = None, scale: Tensor |
     if _checks:
         contracts.linear(x, weight, out, scale)
     return backend_for(x.device).linear(x, weight, out, scale)
+
+
+def lora_apply(
+    x: Tensor, outs: Sequence[Tensor], table: LoraTable, layer: int, parts: Sequence[str], rows: LoraRows
+) -> None:
+    """Adds low-rank deltas (LoRA, arXiv 2106.09685) to products of the same `x`, in place, for rows that have
+    an adapter: `out[row] += scale * (x[row] @ a.T) @ b.T`, in float32, rounded once.
+
+    Args:
+        x: `[tokens, in]`.
+        outs: one to three of `[tokens, out]`, one for each of `parts`; rows may be strided.
+        table: the slots, filled by `ops.lora.pack` in x's dtype.
+        layer: whose deltas.
+        parts: names from `ops.lora.PARTS`, one for each of `outs`.
+        rows: which rows have which slot's adapter, and its scale.
+    """
+    if _checks:
+        contracts.lora_apply(x, outs, table, layer, parts, rows)
+    backend_for(x.device).lora_apply(x, outs, table, layer, parts, rows)

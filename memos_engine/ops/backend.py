@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from memos_engine.errors import MemosEngineError
 
 if TYPE_CHECKING:
+    from memos_engine.ops.lora import LoraRows, LoraTable
     from memos_engine.ops.stack import LayerStack
 
 ISA_VARIABLE = "MEMOS_ENGINE_CPU_ISA"
@@ -27,6 +28,7 @@ OPS = (
     "rope",
     "silu_mul",
     "linear",
+    "lora_apply",
 )
 
 log = logging.getLogger("memos_engine")
@@ -125,6 +127,16 @@ class Backend(Protocol):
     def linear(
         self, x: Tensor, weight: Tensor, out: Tensor | None = None, scale: Tensor | None = None
     ) -> Tensor: ...
+
+    def lora_apply(
+        self,
+        x: Tensor,
+        outs: Sequence[Tensor],
+        table: LoraTable,
+        layer: int,
+        parts: Sequence[str],
+        rows: LoraRows,
+    ) -> None: ...
 
 
 def backend_for(device: torch.device | str) -> Backend:

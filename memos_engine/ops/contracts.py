@@ -6,6 +6,7 @@ code itself, where that costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from memos_engine.errors import KernelContractError
 from memos_engine.ops.int8_kv import GROUP
+from memos_engine.ops.lora import PARTS, LoraRows, LoraTable
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -174,6 +176,38 @@ def linear(x: Tensor, weight: Tensor, out: Tensor | None, scale: Tensor | None =
         if out.shape != (x.shape[0], weight.shape[0]) or out.dtype != x.dtype:
             _fail(f"out must be {x.dtype} {[x.shape[0], weight.shape[0]]}, not {out.dtype} {list(out.shape)}")
     _devices(x, weight, out, scale)
+
+
+def lora_apply(
+    x: Tensor, outs: Sequence[Tensor], table: LoraTable, layer: int, parts: Sequence[str], rows: LoraRows
+) -> None:
+    _floats("x", x, 2)
+    if not 1 <= len(parts) <= 3 or len(outs) != len(parts) or not set(parts) <= set(PARTS):
+        _fail(f"lora_apply takes one to three outs and as many of {', '.join(PARTS)}, not {list(parts)}")
+    if not 0 <= layer < table.layers:
+        _fail(f"layer {layer} is outside the table's {table.layers}")
+    for out in outs:
+        _floats("out", out, 2)
+        if out.shape[0] != x.shape[0] or out.dtype != x.dtype:
+            _fail(f"out must be {x.dtype} [{x.shape[0]}, n], not {out.dtype} {list(out.shape)}")
+    segments = rows.slot.numel()
+    _index("order", rows.order, torch.int32, (rows.order.numel(),))
+    _index("start", rows.start, torch.int32, (segments + 1,))
+    _index("slot", rows.slot, torch.int32, (segments,))
+    _float32("scale", rows.scale, (segments,))
+    _devices(x, *outs, table.pointers, rows.order, rows.start, rows.slot, rows.scale)
+    for fill in table.fills:
+        for index, part in enumerate(parts):
+            delta = None if fill is None else fill.deltas.get((layer, part))
+            if delta is None:
+                continue
+            if delta.a.shape[1] != x.shape[1] or delta.outputs != outs[index].shape[1]:
+                _fail(
+                    f"a delta of {part} is for {delta.a.shape[1]} inputs and {delta.outputs} outputs, "
+                    f"not {x.shape[1]} and {outs[index].shape[1]}"
+                )
+            if delta.a.dtype != x.dtype:
+                _fail(f"a delta of {part} is {delta.a.dtype}, x is {x.dtype}; pack it for this model")
 
 
 def _fail(message: str) -> NoReturn:

@@ -11,6 +11,7 @@ from torch import Tensor, get_num_threads
 from memos_engine.errors import MemosEngineError
 from memos_engine.ops import reference
 from memos_engine.ops.cpu_kv import append_kv, splice_kv
+from memos_engine.ops.cpu_lora import lora_apply
 from memos_engine.ops.cpu_native import DTYPES, PAGE_DTYPES, check_status, native
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "available",
     "isa",
     "linear",
+    "lora_apply",
     "native_linear",
     "paged_attention",
     "rms_norm",

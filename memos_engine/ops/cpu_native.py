@@ -22,6 +22,7 @@ _MESSAGES = {
     6: "key_start must ascend from 0 and stay within key_slots",
     7: "key_slots names a slot outside the pages",
     8: "k_scale has no group for some token; first_token counts from the record's beginning",
+    9: "the segments of LoraRows must ascend from 0 and name rows, slots and a layer that are there",
 }
 
 

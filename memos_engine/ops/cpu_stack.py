@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, get_num_threads
 
 from memos_engine.ops.cpu import isa
+from memos_engine.ops.cpu_lora import native_rows
 from memos_engine.ops.cpu_native import DTYPES, PAGE_DTYPES, check_status, native
 from memos_engine.ops.int8_kv import page_arguments
+from memos_engine.ops.lora import LoraRows, LoraTable
 from memos_engine.ops.stack import LayerStack, StackLayer
 
 # Rows up to which one call was faster than torch's products for each op (docs/benchmarks.md).
@@ -73,6 +75,7 @@ class CpuStack:
         block_table: Tensor,
         seq_lens: Tensor,
         rows: Tensor | None = None,
+        lora: tuple[LoraTable, LoraRows] | None = None,
     ) -> Tensor:
         wanted = hidden.shape[0] if rows is None else rows.shape[0]
         out = hidden.new_empty((wanted, hidden.shape[1]))
@@ -89,6 +92,7 @@ class CpuStack:
             wanted,
             *block_table.shape,
             block_table.stride(0),
+            None if lora is None else native_rows(*lora),
             get_num_threads(),
         )
         check_status(status)

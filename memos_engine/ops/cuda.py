@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor
 from memos_engine.ops import dense as dense_ops
 from memos_engine.ops import reference
 from memos_engine.ops.int8_kv import NO_SCALES, dequantize_v, native_arguments, page_arguments
+from memos_engine.ops.lora import LoraRows, LoraTable
 from memos_engine.ops.reference import linear
 
 __all__ = [
     "append_kv",
     "attention_probe",
     "linear",
+    "lora_apply",
     "paged_attention",
     "rms_norm",
     "rope",
@@ -172,6 +174,13 @@ def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool = Fals
 def silu_mul(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
     product: Tensor = _triton_for(gate).silu_mul(gate, up, out)
     return product
+
+
+@_on_its_device
+def lora_apply(
+    x: Tensor, outs: Sequence[Tensor], table: LoraTable, layer: int, parts: Sequence[str], rows: LoraRows
+) -> None:
+    _triton_for(x).lora_apply(x, outs, table, layer, parts, rows)
 
 
 @_on_its_device

@@ -6,10 +6,13 @@ the result is rounded once, at the store. Shapes are those of docs/kernels.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from memos_engine.ops.int8_kv import dequantize_k, dequantize_v, quantize_heads
+from memos_engine.ops.lora import LoraRows, LoraTable, unblocked
 
 NAME = "reference"
 
@@ -240,6 +243,24 @@ def linear(x: Tensor, weight: Tensor, out: Tensor | None = None, scale: Tensor |
     if out is None:
         return torch.nn.functional.linear(x, weight)
     return out.copy_(torch.nn.functional.linear(x, weight))
+
+
+def lora_apply(
+    x: Tensor, outs: Sequence[Tensor], table: LoraTable, layer: int, parts: Sequence[str], rows: LoraRows
+) -> None:
+    """Adds each segment's deltas to its rows; what stands between a and b is not rounded."""
+    starts, slots, scales = rows.start.tolist(), rows.slot.tolist(), rows.scale.tolist()
+    for begin, end, slot, scale in zip(starts[:-1], starts[1:], slots, scales, strict=True):
+        fill = None if slot < 0 or begin == end else table.fills[slot]
+        if fill is None:
+            continue
+        at = rows.order[begin:end].long()
+        for part, out in zip(parts, outs, strict=True):
+            delta = fill.deltas.get((layer, part))
+            if delta is not None:
+                wide = _upcast(x[at])
+                middle = wide @ delta.a.to(wide.dtype).T * (delta.scale * scale)
+                out[at] = (_upcast(out[at]) + middle @ unblocked(delta).to(wide.dtype).T).to(out.dtype)
 
 
 def _upcast(x: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from memos_engine.ops.lora import LoraRows, LoraTable
+
 
 @dataclass(frozen=True)
 class StackLayer:
@@ -56,6 +58,7 @@ class LayerStack(Protocol):
         block_table: Tensor,
         seq_lens: Tensor,
         rows: Tensor | None = None,
+        lora: tuple[LoraTable, LoraRows] | None = None,
     ) -> Tensor:
         """hidden `[tokens, hidden]`, overwritten; index tensors as in docs/kernels.md. Returns the normalised
-        final states of `rows [n] int64`, or of all."""
+        final states of `rows [n] int64`, or of all. lora: the deltas to add (`ops.lora_apply`)."""

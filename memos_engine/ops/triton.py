@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from memos_engine.kernels.append_kv import append_kv
 from memos_engine.kernels.attention_probe import attention_probe
+from memos_engine.kernels.lora_apply import lora_apply
 from memos_engine.kernels.paged_attention_launch import paged_attention
 from memos_engine.kernels.rms_norm import rms_norm
 from memos_engine.kernels.rope import rope
@@ -20,6 +21,7 @@ __all__ = [
     "append_kv",
     "attention_probe",
     "linear",
+    "lora_apply",
     "paged_attention",
     "rms_norm",
     "rope",

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from memos_engine.ops import triton as backend
+from memos_engine.ops.lora import LoraRows, LoraTable
 
 TARGETS = [80, 90]
 TYPES = {
@@ -94,6 +95,13 @@ def probe(dtype, kv_heads, group, dim, window, int8=False):
     )
 
 
+def lora(tokens):
+    table = LoraTable(8, 4, 64, "meta")
+    x, outs = meta(tokens, 4096, dtype=torch.bfloat16), [meta(tokens, 12288, dtype=torch.bfloat16)] * 2
+    rows = LoraRows(meta(tokens), meta(33), meta(32), meta(32, dtype=torch.float32))
+    backend.lora_apply(x, outs, table, 1, ("gate", "up"), rows)
+
+
 def main():
     JITFunction.__getitem__ = compile_instead
     attend(torch.bfloat16, 8, 4, 128, 0)
@@ -118,6 +126,8 @@ def main():
     backend.rms_norm(x, meta(4096, dtype=torch.float32), 1e-5, x)
     backend.rms_norm(meta(400, 128, dtype=torch.float16), meta(128, dtype=torch.float16), 1e-5)
     backend.silu_mul(x, x)
+    lora(64)
+    lora(400)
     TARGETS.remove(90)  # what follows differs in no instruction that matters
     attend(torch.bfloat16, 1, 8, 256, 512)
     attend(torch.float32, 3, 3, 64, 0)

@@ -20,6 +20,7 @@ enum class Status : int32_t {
     bad_key_start = 6,    // not ascending from 0, or beyond the probed keys
     bad_key_slot = 7,     // key_slots names a slot outside the pages
     bad_group = 8,        // a source token lies in no group of k_scale
+    bad_lora_rows = 9,    // segments do not ascend, or name a row, slot or layer that is not there
 };
 
 // softmax(q k^T * sm_scale) v over paged keys.
@@ -132,6 +133,46 @@ struct Linear {
     const float* scale = nullptr;
 };
 
+constexpr int64_t kLoraBlock = 32;  // outputs of b that lie together
+constexpr int kLoraParts = 7;       // q, k, v, o, gate, up, down
+
+// One projection's delta: out += scale * b a x. What a slot's descriptors [layers][kLoraParts] are made of.
+struct LoraPart {
+    const void* a;  // [rank, inputs]
+    const void* b;  // [ceil(outputs / kLoraBlock)][rank][kLoraBlock], zeros behind the last output
+    int32_t rank;   // 0: none
+    float scale;
+};
+
+// Rows by adapter. Rows that no segment names have none.
+struct LoraRows {
+    const LoraPart* const* slots = nullptr;  // [slot_count] descriptors; null: an empty slot
+    const int32_t* order = nullptr;          // [count] rows of x, segment by segment; a row at most once
+    const int32_t* start = nullptr;          // [segments + 1] into order
+    const int32_t* slot = nullptr;           // [segments]; negative: none
+    const float* scale = nullptr;            // [segments]
+    int64_t segments = 0, count = 0, slot_count = 0, layers = 0;
+};
+
+// Adds the deltas of up to three projections that share x.
+struct Lora {
+    const void* x;  // [tokens, inputs]
+    void* out[3];   // [tokens, outputs]
+    int part[3];
+    int64_t outputs[3], out_token[3];
+    int parts;
+    DType dtype;
+    int64_t tokens, inputs, x_token, layer;
+    LoraRows rows;
+};
+
+// a and b of one module into a slot: b is cut into blocks, both are rounded to the slot's dtype.
+struct LoraPack {
+    const void *a, *b;  // [rank, inputs], [outputs, rank], contiguous
+    void *to_a, *to_b;
+    int64_t rank, inputs, outputs;
+};
+
 Status paged_attention(const Attention& args, int threads);
 Status attention_probe(const Probe& args, int threads);
 Status write_kv(const KvWrite& args, int threads);
@@ -139,6 +180,8 @@ Status rope(const Rope& args, int threads);
 void rms_norm(const RmsNorm& args, int threads);
 void silu_mul(const SiluMul& args, int threads);
 Status linear(const Linear& args, int threads);
+Status lora_apply(const Lora& args, int threads);
+void lora_pack(const LoraPack* modules, int64_t count, DType from, DType to, int threads);
 
 // Instruction set levels, worst first. `isa_name(i)` is null from the number of compiled levels on;
 // `isa_supported(i)` asks the processor and the operating system. Without a choice the best one is used.

@@ -41,6 +41,7 @@ struct StackCall {
     const int64_t* slot;
     const int32_t *positions, *query_start, *block_table, *seq_lens;
     int64_t tokens, wanted, requests, max_blocks, table_stride;
+    LoraRows lora;  // without segments, nothing of it is looked at
 };
 
 // Checks every index before anything is written.

@@ -1,0 +1,151 @@
+// Low-rank deltas for few rows of x: a and b are read once, in order, for all rows of their adapter.
+//
+// A row's sums do not depend on the rows beside it: they are the same bits in any batch.
+#include "dot.h"
+#include "level.h"
+
+namespace memos_engine {
+namespace ME_LEVEL {
+namespace {
+
+constexpr int kGroup = 4;  // rows whose sums are in registers together
+
+template <class S>
+ME_INLINE int64_t padded(const LoraWork& a) {
+    constexpr int64_t kStep = Dot<S>::kElements;
+    return (a.inputs + kStep - 1) / kStep * kStep;
+}
+
+// C rows of a by R rows of x.
+template <class S, int R, int C>
+ME_INLINE void block(const LoraWork& a, const typename Dot<S>::P* const* x, int64_t row, int64_t rank) {
+    typedef Dot<S> D;
+    constexpr int64_t kStep = D::kElements;
+    const typename S::T* w = (const typename S::T*)a.part->a + rank * a.inputs;
+    F acc[C][R] = {};
+    int64_t i = 0;
+    for (; i + kStep <= a.inputs; i += kStep) {
+        for (int c = 0; c < C; ++c) {
+            const auto* at = w + c * a.inputs + i;
+            __builtin_prefetch(at + C * a.inputs, 0, 2);
+            const auto weights = D::load(at);
+            for (int r = 0; r < R; ++r) acc[c][r] = D::add(acc[c][r], weights, x[r] + i);
+        }
+    }
+    if (i < a.inputs) {
+        for (int c = 0; c < C; ++c) {
+            const auto weights = D::load_part(w + c * a.inputs + i, a.inputs - i);
+            for (int r = 0; r < R; ++r) acc[c][r] = D::add(acc[c][r], weights, x[r] + i);
+        }
+    }
+    const float scale = a.part->scale * a.scale;
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) a.mid[(row + r) * a.mid_row + rank + c] = sum(acc[c][r]) * scale;
+}
+
+template <class S>
+void shrink(const LoraWork& a, int64_t begin, int64_t end, void* scratch) {
+    typedef Dot<S> D;
+    typedef typename S::T T;
+    typedef typename D::P P;
+    const int64_t size = padded<S>(a);
+    const bool direct = std::is_same<P, T>::value && size == a.inputs;  // x is read from where it lies
+    for (int64_t row = 0; row < a.count; row += kGroup) {
+        const int64_t n = a.count - row < kGroup ? a.count - row : kGroup;
+        const P* x[kGroup];
+        for (int64_t r = 0; r < n; ++r) {
+            const T* from = (const T*)a.x + a.rows[row + r] * a.x_token;
+            P* to = (P*)scratch + r * size;
+            if (!direct) D::pack(to, from, a.inputs, size);
+            x[r] = direct ? (const P*)(const void*)from : to;
+        }
+        with_rows(n, [&](auto r) {
+            constexpr int R = r() < kGroup ? r() : kGroup;
+            int64_t rank = begin;
+            for (; rank + 4 <= end; rank += 4) block<S, R, 4>(a, x, row, rank);
+            for (; rank < end; ++rank) block<S, R, 1>(a, x, row, rank);
+        });
+    }
+}
+
+// R rows by one block of outputs, of which the first n are there.
+template <class S, int R>
+ME_INLINE void blocks(const LoraWork& a, typename S::T* out, int64_t out_token, int64_t row,
+                      const typename S::T* b, int64_t n) {
+    constexpr int V = kLoraBlock / kWidth;
+    F acc[R][V] = {};
+    for (int64_t rank = 0; rank < a.part->rank; ++rank) {
+        F w[V];
+        for (int v = 0; v < V; ++v) w[v] = S::load(b + rank * kLoraBlock + v * kWidth);
+        for (int r = 0; r < R; ++r) {
+            const F mid = splat(a.mid[(row + r) * a.mid_row + rank]);
+            for (int v = 0; v < V; ++v) acc[r][v] += w[v] * mid;
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        typename S::T* to = out + a.rows[row + r] * out_token;
+        for (int v = 0; v < V && v * kWidth < n; ++v) {
+            const int64_t some = n - v * kWidth;
+            if (some >= kWidth)
+                S::store(to + v * kWidth, S::load(to + v * kWidth) + acc[r][v]);
+            else
+                store_some<S>(to + v * kWidth, load_some<S>(to + v * kWidth, some) + acc[r][v], some);
+        }
+    }
+}
+
+template <class S>
+void expand(const LoraWork& a, void* out, int64_t out_token, int64_t output, int64_t end) {
+    typedef typename S::T T;
+    for (; output < end; output += kLoraBlock) {
+        const T* b = (const T*)a.part->b + output * a.part->rank;
+        const int64_t n = end - output < kLoraBlock ? end - output : kLoraBlock;
+        for (int64_t row = 0; row < a.count; row += kGroup)
+            with_rows(a.count - row < kGroup ? a.count - row : kGroup, [&](auto r) {
+                blocks<S, (r() < kGroup ? r() : kGroup)>(a, (T*)out + output, out_token, row, b, n);
+            });
+    }
+}
+
+template <class S, class D>
+void packed(const LoraPack& m, float* scratch) {
+    typedef typename S::T From;
+    typedef typename D::T To;
+    constexpr int64_t kPiece = kLoraBlock;
+    const int64_t size = m.rank * m.inputs;
+    for (int64_t i = 0; i < size; i += kPiece) {
+        const int64_t n = size - i < kPiece ? size - i : kPiece;
+        widen<S>(scratch, (const From*)m.a + i, n, kPiece);
+        narrow<D>((To*)m.to_a + i, scratch, n);
+    }
+    for (int64_t output = 0; output < m.outputs; output += kLoraBlock) {
+        const int64_t n = m.outputs - output < kLoraBlock ? m.outputs - output : kLoraBlock;
+        widen<S>(scratch, (const From*)m.b + output * m.rank, n * m.rank, kLoraBlock * m.rank);
+        for (int64_t rank = 0; rank < m.rank; ++rank) {
+            float lanes[kLoraBlock];
+            for (int64_t i = 0; i < kLoraBlock; ++i) lanes[i] = scratch[i * m.rank + rank];
+            narrow<D>((To*)m.to_b + (output * m.rank + rank * kLoraBlock), lanes, kLoraBlock);
+        }
+    }
+}
+
+}  // namespace
+
+int64_t lora_scratch(const LoraWork& a) { return kGroup * (a.inputs + 32) * (int64_t)sizeof(float); }
+
+void lora_shrink(const LoraWork& a, int64_t rank, int64_t rank_end, void* scratch) {
+    with_dtype(a.dtype, [&](auto s) { shrink<decltype(s)>(a, rank, rank_end, scratch); });
+}
+
+void lora_expand(const LoraWork& a, void* out, int64_t out_token, int64_t output, int64_t output_end) {
+    with_dtype(a.dtype, [&](auto s) { expand<decltype(s)>(a, out, out_token, output, output_end); });
+}
+
+void lora_pack(const LoraPack& m, DType from, DType to, float* scratch) {
+    with_dtype(from, [&](auto s) {
+        with_dtype(to, [&](auto d) { packed<decltype(s), decltype(d)>(m, scratch); });
+    });
+}
+
+}  // namespace ME_LEVEL
+}  // namespace memos_engine
