@@ -30,6 +30,7 @@ BENCHES: dict[str, str] = {
     "memory": "memory",
     "attach": "attach",
     "int8": "int8",
+    "lora": "lora",
     "retrieval": "retrieval",
     "steady": "steady",
     "store": "store",

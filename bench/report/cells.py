@@ -46,6 +46,9 @@ class Table:
 
 
 TITLES = {
+    "overhead": "times without",
+    "byte_bound": "extra / bound",
+    "byte_bound_ms": "bound ms",
     "ttft_ms_p50": "TTFT ms, P50",
     "ttft_ms_p95": "TTFT ms, P95",
     "ttft_ms_p99": "TTFT ms, P99",

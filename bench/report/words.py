@@ -57,6 +57,12 @@ BENCHES = {
         "What rounding the weights that decoding reads costs: the likelihood of real text, token by token, "
         "and how far the distributions lie from those of whole weights.",
     ),
+    "lora": (
+        "Adapters",
+        "Decoding with a LoRA of its own for each request beside decoding without, and PEFT, in turn; what "
+        "reading the adapters' bytes alone would take at the bandwidth measured in the same run; and how long "
+        "it takes until another adapter is in place.",
+    ),
     "retrieval": (
         "Retrieval",
         "Of the turns of a long dialogue that hold a question's evidence, how many are among the first 5 or "

@@ -181,6 +181,7 @@ _COLUMNS = {
     "retrieval": "retriever r_at_5 r_at_10 r_at_10_low r_at_10_high mrr search_ms_p50 n",
     "store": "cubes add_ms_p50 add_ms_p95 fsync_ms_p95 search_ms_p50 get_ms_p50 open_s bytes_per_cube",
     "budget": "policy budget_ms requests met_share ttft_ms_p50 predicted_error_p50 kl_mean answer_f1",
+    "lora": "system variant batch context ms_per_token_p50 overhead byte_bound swap_ms_p50",
     "steady": "part recompute ttft_ms_p50 ttft_ms_p95 host_share vault_mb records_changed records_added",
 }
 
@@ -204,6 +205,7 @@ for _bench, _summary in {
     "memory": "Peak memory of a process that remembers, prefills, splices and answers.",
     "attach": "What attach() costs a generate() call: an empty store, no store, the engine, transformers.",
     "int8": "What decoding with weights of eight bits costs in quality.",
+    "lora": "What adapters cost: decoding with one for each request, swaps; PEFT in turn.",
     "retrieval": "Evidence recall on LoCoMo: BM25, dense, RRF, ours with and without an embedder.",
     "budget": "A time to first token is asked for: is it kept, foreseen, and what answers does it leave?",
     "steady": "Hundreds of requests in novel orders: last against first TTFT; do records stay as they were?",

@@ -1,0 +1,251 @@
+"""What an adapter costs: milliseconds a decoded token beside the same engine without one, and swaps.
+
+Adapters are random, of rank 16 on the MLP. Ours without, ours with (all requests with one of their own) and
+the peers take turns, step by step. `byte_bound_ms` is the adapters' bytes over the read bandwidth measured in
+the same run: what reading them alone would take. PEFT is measured for one request, where it is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from memos_engine.bench.document import Document
+from memos_engine.bench.options import Options, Progress, silent
+from memos_engine.bench.roofline import _read
+from memos_engine.bench.systems import OURS
+from memos_engine.bench.target import Target, open_target, random_weights
+from safetensors.torch import load_file, save_file
+
+from memos_engine.config import ConfigError, DecoderConfig
+from memos_engine.decoder.adapter import Adapter, LowRank
+from memos_engine.decoder.adapters import AdapterBinding
+from memos_engine.decoder.engine import DecoderEngine
+from memos_engine.decoder.sequence import Sequence, TextSpan
+from memos_engine.decoder.weights import Weights
+
+RANK, PARTS = 16, ("gate", "up", "down")
+_PEFT = {name: f"mlp.{name}_proj" for name in PARTS}
+Row = dict[str, Any]
+
+
+def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
+    """The result document of `bench lora`."""
+    if options.device != "cpu":
+        raise ConfigError("bench lora measures the CPU so far; leave --device out.")
+    document = Document("lora", options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    batches, contexts = options.batches or (1, 8), options.contexts or (1024,)
+    with open_target(options) as target:
+        dtype = getattr(torch, options.resolved_dtype)
+        if target.random is None:
+            weights = Weights.from_folder(target.folder, target.spec, dtype)
+        else:
+            weights = random_weights(target.spec, dtype, torch.device("cpu"))
+        for context in contexts:
+            for batch in batches:
+                unit = f"{batch} requests behind {context} tokens"
+                if not document.has(unit):
+                    progress(unit, 0, 1)
+                    document.add(unit, _decode(options, target, weights, context, batch))
+        if not document.has("swaps"):
+            progress("swaps", 0, 1)
+            document.add("swaps", _swaps(options, target, weights))
+    return document.finish()
+
+
+def _adapter(weights: Weights, seed: int) -> Adapter:
+    make = torch.Generator().manual_seed(seed)
+    modules = {}
+    for layer, parts in enumerate(weights.layers):
+        for name in PARTS:
+            outputs, inputs = getattr(parts, name).shape
+            a, b = (torch.randn(s, generator=make) * 0.02 for s in ((RANK, inputs), (outputs, RANK)))
+            modules[layer, name] = LowRank(a.to(weights.dtype), b.to(weights.dtype), 1.0)
+    return Adapter(f"bench {seed}", modules)
+
+
+def _decode(options: Options, target: Target, weights: Weights, context: int, batch: int) -> list[Row]:
+    rounds = options.rounds(200, 8)
+    target.window(context + rounds + 16)
+    pool = 2 * batch * (context + rounds + 64)
+    config = DecoderConfig(dtype=options.resolved_dtype, pool_tokens=pool, max_batch=max(32, batch))
+    engine = DecoderEngine(target.spec, weights, config)
+    adapters = [_adapter(weights, i) for i in range(batch)]
+    steps: dict[str, Callable[[], None]] = {
+        "none": _ours(engine, context, [None] * batch),
+        "distinct": _ours(engine, context, [AdapterBinding(a) for a in adapters]),
+    }
+    if batch == 1 and _wanted(options):
+        steps |= _peft_steps(target, weights, adapters[0], context)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds + 3):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    middle = {name: statistics.median(seen[3:]) for name, seen in times.items()}
+    gb_per_s = max(float(row["value"]) for row in _read("cpu", 0.3))
+    nbytes = sum(adapter.nbytes for adapter in adapters)
+    common = {"mode": "decode", "context": context, "batch": batch, "rank": RANK, "targets": "mlp"}
+    common |= {"dtype": options.resolved_dtype, "scope": "engine", "reuse": "none", "n": rounds}
+    rows: list[Row] = []
+    for name, value in middle.items():
+        ours = name in ("none", "distinct")
+        base = middle["none" if ours else "peft_none"]
+        row = {**common, "system": OURS if ours else "peft", "adapters": 0, "variant": name}
+        row |= {"ms_per_token_p50": round(value, 4), "overhead": round(value / base, 4)}
+        if name not in ("none", "peft_none", "peft_merged"):
+            bound = nbytes / gb_per_s / 1e6
+            row |= {"adapters": batch if ours else 1, "extra_ms": round(value - base, 4)}
+            row |= {"byte_bound_ms": round(bound, 4), "byte_bound": round((value - base) / bound, 3)}
+        rows.append(row)
+    return rows
+
+
+def _ours(engine: DecoderEngine, context: int, bindings: list[AdapterBinding | None]) -> Callable[[], None]:
+    """Prefills the requests; returns what decodes a token of each."""
+    vocab = engine.spec.vocab_size
+    seqs: list[Sequence] = []
+    for i, binding in enumerate(bindings):
+        prompt = tuple((7 * p + 3 * i) % (vocab - 1) + 1 for p in range(context))
+        seqs.append(engine.add_request([TextSpan(prompt)], sampled=False, adapter=binding))
+    while any(seq.logits is None for seq in seqs):
+        engine.step()
+
+    def step() -> None:
+        for seq in seqs:
+            engine.feed(seq, 5)
+        engine.step()
+
+    return step
+
+
+def _wanted(options: Options) -> bool:
+    named = options.peers is None or "peft" in options.peers
+    return named and importlib.util.find_spec("peft") is not None
+
+
+def _peft_model(target: Target, weights: Weights, adapter: Adapter) -> Any:
+    import peft
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(target.folder)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(weights.dtype).eval()
+    model.load_state_dict(dict(weights.tensors), strict=False)
+    lora = peft.LoraConfig(
+        r=RANK, lora_alpha=RANK, target_modules=[f"{name}_proj" for name in PARTS], task_type="CAUSAL_LM"
+    )
+    made = peft.get_peft_model(model, lora)
+    layers = made.base_model.model.model.layers
+    for (layer, name), module in adapter.modules.items():
+        place = layers[layer].get_submodule(_PEFT[name])
+        place.lora_A["default"].weight.data = module.a.clone()
+        place.lora_B["default"].weight.data = module.b.clone()
+    return made.eval()
+
+
+def _peft_steps(
+    target: Target, weights: Weights, adapter: Adapter, context: int
+) -> dict[str, Callable[[], None]]:
+    import transformers
+
+    model = _peft_model(target, weights, adapter)
+    merged = _peft_model(target, weights, adapter).merge_and_unload()
+    ids = torch.arange(1, context + 1)[None] % (target.spec.vocab_size - 1)
+
+    def stepping(run_model: Any, without: bool = False) -> Callable[[], None]:
+        cache = transformers.DynamicCache()
+
+        def forward(tokens: torch.Tensor) -> None:
+            with torch.inference_mode():
+                run_model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+        def call(tokens: torch.Tensor) -> None:
+            if without:
+                with run_model.disable_adapter():
+                    forward(tokens)
+            else:
+                forward(tokens)
+
+        call(ids)
+        return lambda: call(torch.tensor([[5]]))
+
+    return {
+        "peft_none": stepping(model, without=True),
+        "peft_unmerged": stepping(model),
+        "peft_merged": stepping(merged),
+    }
+
+
+def _swaps(options: Options, target: Target, weights: Weights) -> list[Row]:
+    rounds = options.rounds(30, 3)
+    engine = DecoderEngine(target.spec, weights, DecoderConfig(dtype=options.resolved_dtype))
+    slots, adapters = engine.adapters, [_adapter(weights, i) for i in range(2)]
+    common: Row = {"mode": "swap", "rank": RANK, "targets": "mlp", "dtype": options.resolved_dtype}
+    common |= {"scope": "engine", "reuse": "none", "n": rounds, "mb": round(adapters[0].nbytes / 1e6, 2)}
+    with tempfile.TemporaryDirectory() as made:
+        path = Path(made) / "adapter.safetensors"
+        save_file({f"{i}.{n}.{s}": getattr(m, s) for (i, n), m in adapters[0].modules.items() for s in "ab"}, path)
+        calls: dict[str, Callable[[], None]] = {}
+
+        def cold() -> None:
+            tensors = load_file(path)
+            modules = {}
+            for key in adapters[0].modules:
+                name = f"{key[0]}.{key[1]}"
+                modules[key] = LowRank(tensors[f"{name}.a"], tensors[f"{name}.b"], 1.0)
+            slots.prefetch(Adapter("cold", modules))
+            slots.publish("cold")
+
+        def warm() -> None:
+            slots.publish("warm")
+
+        calls["cold"], calls["publish"] = cold, warm
+        if _wanted(options):
+            calls |= _peft_swaps(target, weights, adapters, Path(made))
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(rounds + 1):
+            slots.prefetch(Adapter("warm", adapters[1].modules))
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                times[name].append((time.perf_counter() - start) * 1e3)
+            slots.evict("cold")
+            slots.evict("warm")
+    return [
+        {
+            **common,
+            "system": "peft" if name.startswith("peft") else OURS,
+            "variant": name,
+            "swap_ms_p50": round(statistics.median(seen[1:]), 4),
+        }
+        for name, seen in times.items()
+    ]
+
+
+def _peft_swaps(
+    target: Target, weights: Weights, adapters: list[Adapter], folder: Path
+) -> dict[str, Callable[[], None]]:
+    from peft.utils.hotswap import hotswap_adapter
+
+    model = _peft_model(target, weights, adapters[0])
+    model.save_pretrained(folder / "peft")
+    model.add_adapter("other", model.peft_config["default"])
+    names = ["other", "default"]
+
+    def choose() -> None:
+        names.reverse()
+        model.set_adapter(names[0])
+
+    def swap() -> None:
+        hotswap_adapter(model, str(folder / "peft"), adapter_name="default", torch_device="cpu")
+
+    return {"peft_set_adapter": choose, "peft_hotswap": swap}
