@@ -193,7 +193,9 @@ def _swaps(options: Options, target: Target, weights: Weights) -> list[Row]:
     common |= {"scope": "engine", "reuse": "none", "n": rounds, "mb": round(adapters[0].nbytes / 1e6, 2)}
     with tempfile.TemporaryDirectory() as made:
         path = Path(made) / "adapter.safetensors"
-        save_file({f"{i}.{n}.{s}": getattr(m, s) for (i, n), m in adapters[0].modules.items() for s in "ab"}, path)
+        save_file(
+            {f"{i}.{n}.{s}": getattr(m, s) for (i, n), m in adapters[0].modules.items() for s in "ab"}, path
+        )
         calls: dict[str, Callable[[], None]] = {}
 
         def cold() -> None:

@@ -103,7 +103,7 @@ def pack(
     device = torch.device(device)
     size = packed_size({key: (a.shape, b.shape) for key, (a, b, _) in modules.items()}, dtype)
     if buffer is None:
-        buffer = torch.empty(size, dtype=dtype, device=device)
+        buffer = torch.zeros(size, dtype=dtype, device=device)  # gaps included: it can be summed
     if buffer.numel() < size or buffer.dtype != dtype:
         raise KernelContractError(
             f"An adapter of {size} elements does not fit its buffer of {buffer.numel()}."
