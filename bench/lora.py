@@ -143,7 +143,7 @@ def _peft_model(target: Target, weights: Weights, adapter: Adapter) -> Any:
     lora = peft.LoraConfig(
         r=RANK, lora_alpha=RANK, target_modules=[f"{name}_proj" for name in PARTS], task_type="CAUSAL_LM"
     )
-    made = peft.get_peft_model(model, lora)
+    made: Any = peft.get_peft_model(model, lora)
     layers = made.base_model.model.model.layers
     for (layer, name), module in adapter.modules.items():
         place = layers[layer].get_submodule(_PEFT[name])

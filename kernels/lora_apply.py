@@ -11,14 +11,17 @@ The idea of gathering weights by pointer is Punica's (arXiv 2310.18547).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from memos_engine.ops.lora import BLOCK, PARTS, SEGMENT_ROWS, LoraRows, LoraTable
 
+# As in ops/lora.py, which a kernel must not import.
+PARTS = ("q", "k", "v", "o", "gate", "up", "down")
+BLOCK, SEGMENT_ROWS = 32, 16
 FUSED_ROWS = 64  # rows of a step up to which every tile shrinks for itself
 
 
@@ -125,9 +128,9 @@ def expand_kernel(
 
 
 def lora_apply(
-    x: Tensor, outs: Sequence[Tensor], table: LoraTable, layer: int, parts: Sequence[str], rows: LoraRows
+    x: Tensor, outs: Sequence[Tensor], table: Any, layer: int, parts: Sequence[str], rows: Any
 ) -> None:
-    """As `ops.lora_apply`. Nothing here reads a tensor's values: a CUDA graph can capture it."""
+    """As `ops.lora_apply` (table and rows: `ops.lora`). Nothing here reads a tensor's values: a CUDA graph can capture it."""
     segments, count, inputs = rows.slot.shape[0], rows.order.shape[0], x.shape[1]
     if segments == 0 or count == 0:
         return

@@ -44,8 +44,8 @@ ORDER = {
     "memory": "system dtype peak_mb model_mb pool_mb overhead_mb overhead_full_pool_mb spliced_tokens",
     "attach": "system mode dtype context call_ms_p50 call_ms_p95 n",
     "int8": "weights dtype nll nll_more nll_more_low nll_more_high kl_mean top1 n",
-    "lora": "mode system variant batch context adapters rank targets dtype ms_per_token_p50 overhead extra_ms "
-    "byte_bound_ms byte_bound swap_ms_p50 mb n",
+    "lora": "mode system variant batch context adapters rank targets dtype ms_per_token_p50 overhead "
+    "extra_ms byte_bound_ms byte_bound swap_ms_p50 mb n",
     "retrieval": "dataset retriever r_at_5 r_at_10 r_at_10_low r_at_10_high mrr r_at_10_single_hop "
     "r_at_10_temporal r_at_10_multi_hop r_at_10_open_domain r_at_10_adversarial search_ms_p50 "
     "search_ms_p95 n",

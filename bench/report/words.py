@@ -59,9 +59,9 @@ BENCHES = {
     ),
     "lora": (
         "Adapters",
-        "Decoding with a LoRA of its own for each request beside decoding without, and PEFT, in turn; what "
-        "reading the adapters' bytes alone would take at the bandwidth measured in the same run; and how long "
-        "it takes until another adapter is in place.",
+        "Decoding with a LoRA for each request beside decoding without, and PEFT, in turn; what reading the "
+        "adapters' bytes alone would take at the bandwidth measured in the same run; and how long it takes "
+        "until another adapter is in place.",
     ),
     "retrieval": (
         "Retrieval",

@@ -195,7 +195,7 @@ def kv_of(engine, binding, tokens=PROMPT):
 def test_before_active_from_the_base_stands_bit_for_bit(engine):
     base, _ = kv_of(engine, None)
     engine.forget_prefixes()
-    adapted, seq = kv_of(engine, bind(adapter(1), active_from=20))
+    adapted, _ = kv_of(engine, bind(adapter(1), active_from=20))
     assert torch.equal(base[:, :20], adapted[:, :20])
     assert not torch.equal(base[:, 20:], adapted[:, 20:])
     engine.forget_prefixes()

@@ -1,5 +1,4 @@
-"""lora_apply: every level and dtype against float64, mixed ranks, rows without an adapter, strided
-outputs."""
+"""lora_apply: every level and dtype against float64, mixed ranks, rows without one, strided outputs."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from memos_engine import ops
 from memos_engine.errors import KernelContractError
-from memos_engine.ops import cpu, reference
+from memos_engine.ops import cpu, lora, reference
 from memos_engine.ops.lora import LoraRows, LoraTable, pack, unblocked
 
 LEVELS = cpu.available() if ops.describe()["cpu"]["native"] else []
@@ -197,6 +196,8 @@ def triton_kernel():
     pytest.importorskip("triton")
     from memos_engine.kernels import lora_apply
 
+    assert (lora_apply.PARTS, lora_apply.BLOCK) == (lora.PARTS, lora.BLOCK)
+    assert lora_apply.SEGMENT_ROWS == lora.SEGMENT_ROWS
     return lora_apply
 
 
