@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 # As in ops/lora.py, which a kernel must not import.
 PARTS = ("q", "k", "v", "o", "gate", "up", "down")
 BLOCK, SEGMENT_ROWS = 32, 16
@@ -130,7 +129,7 @@ def expand_kernel(
 def lora_apply(
     x: Tensor, outs: Sequence[Tensor], table: Any, layer: int, parts: Sequence[str], rows: Any
 ) -> None:
-    """As `ops.lora_apply` (table and rows: `ops.lora`). Nothing here reads a tensor's values: a CUDA graph can capture it."""
+    """As `ops.lora_apply` (table and rows: `ops.lora`). Reads no tensor's values: graphs can capture it."""
     segments, count, inputs = rows.slot.shape[0], rows.order.shape[0], x.shape[1]
     if segments == 0 or count == 0:
         return

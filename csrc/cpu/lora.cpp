@@ -142,9 +142,8 @@ void lora_expand(const LoraWork& a, void* out, int64_t out_token, int64_t output
 }
 
 void lora_pack(const LoraPack& m, DType from, DType to, float* scratch) {
-    with_dtype(from, [&](auto s) {
-        with_dtype(to, [&](auto d) { packed<decltype(s), decltype(d)>(m, scratch); });
-    });
+    with_dtype(
+        from, [&](auto s) { with_dtype(to, [&](auto d) { packed<decltype(s), decltype(d)>(m, scratch); }); });
 }
 
 }  // namespace ME_LEVEL

@@ -57,9 +57,9 @@ void LoraPlan::make(LoraStage& stage, const LoraRows& rows, int64_t layer, const
             const LoraPart* part = slot + layer * kLoraParts + parts[which];
             if (part->rank <= 0) continue;
             const int32_t delta = (int32_t)stage.deltas_.size();
-            stage.deltas_.push_back({{part, nullptr, dtype, inputs, x_token, rows.order + first, size,
-                                      rows.scale[i], nullptr, 0},
-                                     which});
+            stage.deltas_.push_back(
+                {{part, nullptr, dtype, inputs, x_token, rows.order + first, size, rows.scale[i], nullptr, 0},
+                 which});
             for (int32_t rank = 0; rank < part->rank; rank += kRanks)
                 stage.chunks_.push_back({delta, rank, std::min(part->rank, rank + kRanks)});
         }

@@ -40,7 +40,7 @@ class LoraPlan {
     // The deltas that the rows have for projections `parts` (0 ... kLoraParts - 1) of a layer.
     static void make(LoraStage& stage, const LoraRows& rows, int64_t layer, const int* parts, int count,
                      DType dtype, int64_t inputs, int64_t x_token);
-    static int64_t floats(const LoraStage& stage);           // of `mid`, for all deltas of a stage
+    static int64_t floats(const LoraStage& stage);  // of `mid`, for all deltas of a stage
     static void place(LoraStage& stage, float* mid);
 };
 

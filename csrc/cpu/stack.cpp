@@ -88,8 +88,8 @@ class Forward {
         const auto stage = [&](int64_t count, const auto& f) { team.stage(next++, count, thread, f); };
         const int64_t q = s_.heads * s_.head_dim, kv = s_.kv_heads * s_.head_dim;
         const int64_t q_items = items(q), kv_items = items(kv);
-        // The deltas of a group of projections: threads share the first half of the work, and whoever comes to
-        // the second half waits only for what is still under way then.
+        // The deltas of a group of projections: threads share the first half of the work, and whoever comes
+        // to the second half waits only for what is still under way then.
         const auto shrunk = [&](size_t layer, int group, const char* x) -> const LoraStage* {
             if (lora_.empty()) return nullptr;
             const size_t at = layer * kLoraGroups + (size_t)group;

@@ -100,8 +100,8 @@ class DecoderEngine:
         `active_from` on.
 
         Raises AdapterError for an adapter that does not fit, or stored spans not made under it,
-        ContextLengthError or OutOfPagesError for a prompt that can never run, MemoryInputError for ids outside
-        the vocabulary, an empty prompt, or a session that is busy or closed.
+        ContextLengthError or OutOfPagesError for a prompt that can never run, MemoryInputError for ids
+        outside the vocabulary, an empty prompt, or a session that is busy or closed.
         """
         require_known_ids(spans, self.spec.vocab_size)
         with self._lock:
