@@ -32,6 +32,8 @@ $(VENV)/.deps: pyproject.toml requirements.lock $(VENV)/.torch
 	$(PIP) install -c requirements.lock -r requirements.lock
 # hnswlib comes as source only; without it indices are exact. Not for this machine's processor alone.
 	HNSWLIB_NO_NATIVE=1 $(PIP) install --quiet hnswlib==0.8.0 || echo "hnswlib was not built: no C++ compiler?"
+# What adapters are compared with in tests; all else that it needs is there already.
+	$(PIP) install --quiet --no-deps peft==0.21.2 accelerate==1.15.0 || echo "peft is missing: tests against it are skipped"
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.deps $(NATIVE)
