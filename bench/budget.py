@@ -37,7 +37,7 @@ NOTES = (
     f"Every request is a UserMemory.chat: the time is from the call to the first token, embedding the "
     f"question and searching included. {STORED:.0%} of the memories have stored KV, host memory holds a "
     "quarter of its bytes, the rest is read from files (which may be in the page cache). At most "
-    f"{MEMORIES} memories enter a request.",
+    f"{MEMORIES} memories enter a request, any with a cosine above 0.",
     "The fixed policies take memory after memory in their order and form, as long as the same cost model "
     "promises the budget; text stands in where no KV is stored. Every policy learns its own residuals, and "
     "begins with empty pages and tiers; some requests before the first measured one are not counted. Every "
@@ -102,6 +102,7 @@ class _Runner:
         self.base = bed.engine.preparer.scheduler
         self.judge = Judge(bed.engine)
         self.done, self.total = 0, units * (self.count + len(POLICIES) * self.fixed)
+        self._pass(None, max(BUDGETS), WARMUP[q], "warming up")  # the process, not a policy
         self.bare = self._bare()
 
     def _bare(self) -> list[float]:

@@ -26,7 +26,7 @@ from memos_engine.user import UserMemory
 
 USERS = (100, 6)  # with --quick the second
 OTHERS = 5  # a user's paragraphs beside those of an article
-MEMORIES = 8  # most that enter a request
+MEMORIES, LEAST = 8, 0.0  # most that enter a request; the least cosine of one
 STORED = 0.6  # of the paragraphs have stored KV
 HELD = 0.25  # of the records' bytes, host memory holds
 ZIPF = 1.0  # how unevenly users ask
@@ -141,7 +141,7 @@ def opened(
     """The bed, filled, its costs calibrated for this run alone."""
     users = USERS[1] if options.quick else USERS[0]
     decoder = DecoderConfig(dtype=options.dtype, pool_tokens=min(POOL, target.spec.max_positions))
-    memory = MemoryConfig(max_memories=MEMORIES, build=False, host_bytes=1 << 30)
+    memory = MemoryConfig(max_memories=MEMORIES, min_score=LEAST, build=False, host_bytes=1 << 30)
     with store_folder(options) as folder:
         tell("embedding the memories", 0, 1)
         embedder = KnownTexts(default_embedder(), dataset.paragraphs)

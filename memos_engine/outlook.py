@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from memos_engine.decoder.engine import DecoderEngine
 from memos_engine.memory.costs import CostTable, Frame
@@ -56,18 +57,28 @@ class Outlook:
         )
 
     def known(self, around: Surroundings, texts: dict[str, tuple[int, ...]]) -> list[KnownPrefix]:
-        """Orders of candidates (given with their tokens) whose pages are still there."""
+        """The longest run of candidates (given with their tokens) that begins an earlier request as text and
+        is in pages still; none, or one."""
         with self._lock:
             orders = list(self._orders.get(around.root, ()))
-        found: dict[tuple[str, ...], KnownPrefix] = {}
-        page = self.decoder.pool.page
+        runs: dict[tuple[str, ...], int] = {}
         for head, cube_ids in orders if not around.behind else ():
-            if head != around.head or cube_ids in found or not all(one in texts for one in cube_ids):
-                continue
-            ids = [*head, *(token for one in cube_ids for token in texts[one])]
+            run = tuple(takewhile(texts.__contains__, cube_ids))
+            if run and head == around.head:
+                runs[run] = sum(len(texts[one]) for one in run)
+        page = self.decoder.pool.page
+        for run, tokens in sorted(runs.items(), key=lambda item: -item[1]):
+            ids = [*around.head, *(token for one in run for token in texts[one])]
             if self.decoder.reusable(ids, around.root) > len(ids) - page:
-                found[cube_ids] = KnownPrefix(cube_ids, len(ids) - len(head))
-        return list(found.values())
+                return [KnownPrefix(run, tokens)]
+        return []
+
+    def reused(self, around: Surroundings, leading: Sequence[tuple[int, ...]]) -> int:
+        """Tokens of a plan's leading texts that are in pages already."""
+        if around.behind or not leading:
+            return 0
+        ids = [*around.head, *(token for text in leading for token in text)]
+        return max(0, self.decoder.reusable(ids, around.root) - len(around.head))
 
     def went(self, around: Surroundings, texts: Sequence[str]) -> None:
         """Takes note of memories that a request computed as text right behind its head, in this order."""

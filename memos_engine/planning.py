@@ -86,9 +86,7 @@ def plan_with_records(
     spent, deciding, late = 0.0, 0.0, 0
     while True:
         begun = time.perf_counter()
-        frame = request.frame
-        if request.budget_ms is not None:
-            frame = replace(frame, spent_ms=since())
+        frame = replace(request.frame, spent_ms=since())
         plan = scheduler.plan(list(candidates.values()), replace(request, frame=frame))
         deciding += (time.perf_counter() - begun) * 1e3
         wanted = _wanted(plan, candidates, stored) if activation is not None else {}

@@ -150,7 +150,14 @@ class Preparer:
         if budget is not None and form in ("auto", "text"):
             request = replace(request, known=self.outlook.known(around, texts))
         planned = plan_with_records(self.scheduler, self.activation, inputs, request, stored, since)
-        plan = planned.plan
+        leading = []
+        for segment in planned.plan.segments:
+            if segment.form != "text":
+                break
+            leading.append(texts[segment.cube_id])
+        reused = self.outlook.reused(around, leading)
+        now = replace(request, frame=replace(request.frame, spent_ms=_spent(planned.plan)))
+        plan = self.scheduler.expect(planned.plan, now, reused)
         if skipped_retrieval:
             plan = replace(plan, notes=(skipped_retrieval, *plan.notes))
         spans: list[Span] = [TextSpan(head)] if behind and head else [] if behind else self._head(head, plan)
@@ -304,3 +311,8 @@ class Preparer:
                 leading.append(segment.cube_id)
             self.outlook.went(prepared.around, leading)
         return replace(plan, actual=actual)
+
+
+def _spent(plan: Plan) -> float:
+    """What had been spent when the plan was made."""
+    return 0.0 if plan.forecast is None else plan.forecast.total_ms - sum(plan.forecast.stages.values())

@@ -36,7 +36,7 @@ SHARES = (0.0, 0.05, 0.1, 0.15, 0.25, 0.4, 0.6)
 MOST = 64  # candidates that are weighed
 FEW_SHARES = (0.0, 0.1, 0.4)
 MANY = 16  # candidates beyond which only these are tried
-PROMISE = 0.97  # share of requests that shall keep their budget
+PROMISE = 0.98  # share of requests that shall keep their budget
 PREFERENCE = 0.01  # of a memory's value, that a form the policies do not prefer loses
 SHORT = 64  # tokens up to which a memory that shall enter as text does so although KV is there
 MEBI = float(1 << 20)
@@ -110,6 +110,31 @@ class MemScheduler:
         rest, spent = price.plan_ms + sum(stages.values()), price.frame.spent_ms
         p95 = spent + self.residuals.quantile(0.95) * rest
         return Forecast(stages, spent + rest, p95, spent + price.promise * rest, table, self.costs.calibrated)
+
+    def expect(self, plan: Plan, request: PlanRequest, reused: int) -> Plan:
+        """The plan with the forecast of what it is, `reused` tokens of its text being in pages."""
+        text = sum(s.tokens for s in plan.segments if s.form == "text")
+        kv = [s for s in plan.segments if s.form == "kv"]
+        if plan.forecast is None or not reused or not text:
+            return plan
+        cached = float(min(reused, text))
+        old = plan.forecast
+        price, tokens = self.pricer(request), sum(s.tokens for s in kv)
+        again = round(plan.recompute * tokens)
+        now = self.forecast(price, Load(text - cached, cached, tokens, again, len(kv)))
+        fetch = {name: side["fetch"] for name, side in (("stages", old.stages), ("table", old.table))}
+        late = fetch["stages"] - now.stages["fetch"]
+        return replace(
+            plan,
+            forecast=replace(
+                now,
+                stages={**now.stages, "fetch": fetch["stages"]},
+                table={**now.table, "fetch": fetch["table"]},
+                total_ms=now.total_ms + late,
+                p95_ms=now.p95_ms + late,
+                promise_ms=now.promise_ms + late,
+            ),
+        )
 
     # -- without a budget ------------------------------------------------------------------------
 
