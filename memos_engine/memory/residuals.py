@@ -24,6 +24,7 @@ LIMIT = math.log(8)  # a stage's factor stays within an eighth and eight times t
 WILD = math.log(1000)
 STALL = math.log(2.5)  # a request that takes so much longer stalled: no plan insures against it ...
 STALLS = 0.05  # ... unless so many do
+MOST = math.log(3)  # a machine that wavers by more keeps no promise, whatever is left out for it
 
 
 class Residuals:
@@ -72,7 +73,7 @@ class Residuals:
         calibration's normal distribution counting as some further requests while there are few."""
         with self._lock:
             if share not in self._quantiles:
-                self._quantiles[share] = math.exp(self._quantile(share))
+                self._quantiles[share] = math.exp(min(MOST, self._quantile(share)))
             return self._quantiles[share]
 
     def relax(self, stage: str) -> None:

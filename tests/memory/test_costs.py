@@ -114,7 +114,7 @@ def test_a_request_that_stalled_changes_nothing() -> None:
     stalled = learnt([*usual[:100], 400.0, *usual[100:], 50.0])
     assert stalled.factors()["forward"] == pytest.approx(calm.factors()["forward"], rel=0.02)
     assert stalled.quantile(0.97) == pytest.approx(calm.quantile(0.97), rel=0.03)
-    assert learnt([*usual, *[5.0] * 40]).quantile(0.97) > 4  # many that stall are how the machine is
+    assert learnt([*usual, *[5.0] * 40]).quantile(0.97) > 2.9  # many that stall are how the machine is
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -5.0, 0.0, 1e300])
