@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from memos_engine.memory.arrange import as_numbers, ideal_value, items_of
 from memos_engine.memory.costs import Pricer
 from memos_engine.memory.items import KV, SKIP, TEXT, loads, values
 from memos_engine.memory.plan import Plan, PlanInput, PlanRequest, Segment, Skipped
-from memos_engine.memory.scheduler import MemScheduler, as_numbers, ideal_value, items_of
+from memos_engine.memory.scheduler import MemScheduler
 
 OURS = "memos_engine"
 

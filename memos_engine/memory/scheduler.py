@@ -15,21 +15,30 @@ from dataclasses import replace
 import numpy as np
 
 from memos_engine.errors import MemoryInputError
+from memos_engine.memory.arrange import (
+    ahead,
+    arranged,
+    as_numbers,
+    ideal_value,
+    items_of,
+    kind,
+    left_out,
+    rejected,
+    told,
+)
 from memos_engine.memory.costs import CostTable, Load, Pricer, default_table
-from memos_engine.memory.items import EQUAL, KV, SKIP, TEXT, Choice, Floats, Items, loads, values
+from memos_engine.memory.items import EQUAL, KV, SKIP, TEXT, Choice, Items, loads
 from memos_engine.memory.knapsack import search
 from memos_engine.memory.need import DEFAULT_NEED, NeedModel
 from memos_engine.memory.plan import (
     Forecast,
-    KnownPrefix,
-    Option,
     Plan,
     PlanInput,
     PlanRequest,
     Segment,
     Skipped,
 )
-from memos_engine.memory.quality import DEFAULT_QUALITY, SpliceQuality, overlaps
+from memos_engine.memory.quality import DEFAULT_QUALITY, SpliceQuality
 from memos_engine.memory.residuals import Residuals
 
 SHARES = (0.0, 0.05, 0.1, 0.15, 0.25, 0.4, 0.6)
@@ -37,10 +46,7 @@ MOST = 64  # candidates that are weighed
 FEW_SHARES = (0.0, 0.1, 0.4)
 MANY = 16  # candidates beyond which only these are tried
 PROMISE = 0.98  # share of requests that shall keep their budget
-PREFERENCE = 0.01  # of a memory's value, that a form the policies do not prefer loses
 SHORT = 64  # tokens up to which a memory that shall enter as text does so although KV is there
-MEBI = float(1 << 20)
-UNIT = 100.0  # tokens, by which reasons state what a memory would take
 
 
 class MemScheduler:
@@ -72,7 +78,7 @@ class MemScheduler:
         for one in order:
             obstacle = _obstacle(one, request, len(fit))
             if obstacle:
-                skipped.append(_skip(one, obstacle))
+                skipped.append(told(one, obstacle))
             else:
                 fit.append(one)
         price = self.pricer(request)
@@ -155,9 +161,9 @@ class MemScheduler:
             tokens = one.kv.tokens if form == KV else one.text_tokens
             room = request.max_memory_tokens - used
             if len(chosen) >= request.max_memories:
-                skipped.append(_skip(one, f"max_memories ({request.max_memories}) is reached"))
+                skipped.append(told(one, f"max_memories ({request.max_memories}) is reached"))
             elif tokens > room:
-                skipped.append(_skip(one, _no_room(tokens, room, request)))
+                skipped.append(told(one, _no_room(tokens, room, request)))
             else:
                 chosen.append((one, form))
                 used += tokens
@@ -190,7 +196,7 @@ class MemScheduler:
         bound = 0.0
         plain = items_of(fit, request)
         for known in (None, *request.known):
-            ordered = _ahead(fit, known)
+            ordered = ahead(fit, known)
             if ordered is None:
                 continue
             items = plain if known is None else items_of(ordered, request, len(known.cube_ids))
@@ -205,7 +211,7 @@ class MemScheduler:
                 f"The bare query cannot meet {budget:g} ms: it alone is expected to take "
                 f"{empty.total_ms:.0f} ms, {empty.promise_ms:.0f} ms to be sure. It goes without memories."
             )
-            skipped = tuple(_skip(one, "not even the bare query meets the budget") for one in fit)
+            skipped = tuple(told(one, "not even the bare query meets the budget") for one in fit)
             return Plan((), skipped, 0.0, budget, 0.0, 0.0, False, empty, notes=(note,))
         enough = (1 - give) * max(one.value for one, _, _ in found)
         near = [one for one in found if one[0].value >= enough - EQUAL]
@@ -213,19 +219,19 @@ class MemScheduler:
         ideal = max(ideal_value(plain, request.max_memories), choice.value, 1e-9)
         load = loads(items, np.asarray([choice.forms], np.int8), choice.share)
         forecast = self.forecast(price, as_numbers(load))
-        taken, reasons = _arranged(choice, ordered, items)
+        taken, reasons = arranged(choice, ordered, items)
         segments = self._segments(taken, reasons, choice.share, most)
         left = [one for one, form in zip(ordered, choice.forms, strict=True) if form == SKIP]
         return Plan(
             segments,
-            _left_out(left, request, price, forecast, choice, len(segments)),
+            left_out(left, request, price, forecast, choice, len(segments)),
             choice.share,
             budget,
             choice.value / ideal,
             max(0.0, bound - choice.value) / ideal,
             True,
             forecast,
-            _rejected(found, best[0], shares, ideal, budget),
+            rejected(found, best[0], shares, ideal, budget),
         )
 
     def _segments(
@@ -284,151 +290,15 @@ def _form(one: PlanInput, request: PlanRequest, text_only: str, first: bool) -> 
         if one.prefers == "text" and request.form == "auto" and one.text_tokens <= SHORT:
             return TEXT, "a fact of this conversation, and short"
         exact = first and one.kv.exact_in_slot0
-        return KV, f"a KV record is stored ({_kind(exact)})"
+        return KV, f"a KV record is stored ({kind(exact)})"
     why = text_only if one.kv.available else one.kv.reason or "no KV record is stored"
     return TEXT, f"KV was asked for, but {why}" if request.form == "kv" else why
-
-
-def _kind(exact: bool) -> str:
-    return "exact behind the anchor" if exact else "position-independent"
 
 
 def _no_room(tokens: int, room: int, request: PlanRequest) -> str:
     return f"it needs {tokens} tokens, {room} of {request.max_memory_tokens} are left"
 
 
-def _skip(one: PlanInput, reason: str) -> Skipped:
-    return Skipped(one.cube_id, reason, one.score, one.need or 0.0)
-
-
 def _in_order(skipped: Sequence[Skipped], order: Sequence[PlanInput]) -> tuple[Skipped, ...]:
     places = {one.cube_id: place for place, one in enumerate(order)}
     return tuple(sorted(skipped, key=lambda one: places[one.cube_id]))
-
-
-def items_of(
-    fit: Sequence[PlanInput], request: PlanRequest, cached: int = 0, overlap: Floats | None = None
-) -> Items:
-    """Candidates as arrays, with the forms that the request allows."""
-    kv_too = request.form != "text"
-
-    def array(values: Sequence[float]) -> Floats:
-        return np.asarray(values, np.float64)
-
-    held = [one.kv.available and kv_too for one in fit]
-    text = [request.form != "kv" or not one.kv.available for one in fit]
-    disk = [here and one.kv.tier == "disk" for one, here in zip(fit, held, strict=True)]
-    return Items(
-        need=array([one.need or 0.0 for one in fit]),
-        text=array([one.text_tokens * ok for one, ok in zip(fit, text, strict=True)]),
-        kv=array([one.kv.tokens * ok for one, ok in zip(fit, held, strict=True)]),
-        exact=np.asarray([one.kv.exact_in_slot0 for one in fit], np.bool_),
-        disk=np.asarray(disk, np.bool_),
-        mib=array([one.kv.nbytes / MEBI * slow for one, slow in zip(fit, disk, strict=True)]),
-        text_worth=array([1 - PREFERENCE * (one.prefers == "kv") for one in fit]),
-        kv_worth=array([1 - PREFERENCE * (one.prefers == "text") for one in fit]),
-        overlap=overlaps([one.sketch for one in fit]) if overlap is None else overlap,
-        cached=cached,
-    )
-
-
-def _ahead(fit: Sequence[PlanInput], known: KnownPrefix | None) -> list[PlanInput] | None:
-    """The candidates with those of a known prefix in front, in its order; None where one is missing."""
-    if known is None:
-        return list(fit)
-    by_id = {one.cube_id: one for one in fit}
-    if not all(cube_id in by_id for cube_id in known.cube_ids):
-        return None
-    return [by_id[i] for i in known.cube_ids] + [one for one in fit if one.cube_id not in known.cube_ids]
-
-
-def as_numbers(load: Load) -> Load:
-    """The load of the only plan, as numbers."""
-    names = Load.__dataclass_fields__
-    return Load(**{name: float(np.ravel(getattr(load, name))[0]) for name in names})
-
-
-def ideal_value(items: Items, most: int) -> float:
-    """Value of the best memories in their best form, were there time."""
-    top = np.argsort(-items.need, kind="stable")[:most]
-    forms = np.zeros((1, len(items)), np.int8)
-    forms[0, top] = np.where(items.text[top] > 0, TEXT, KV)
-    return float(values(items, forms, 1.0)[0])
-
-
-def _arranged(
-    choice: Choice, ordered: Sequence[PlanInput], items: Items
-) -> tuple[list[tuple[PlanInput, int]], dict[str, str]]:
-    """The chosen memories in the order of their slots, and why each has its form."""
-    taken = [(one, form) for one, form in zip(ordered, choice.forms, strict=True) if form != SKIP]
-    reasons = {}
-    for place, (one, form) in enumerate(taken):
-        if form == KV:
-            exact = place == 0 and one.kv.exact_in_slot0
-            reasons[one.cube_id] = f"a KV record is stored ({_kind(exact)})"
-        elif place < items.cached:
-            reasons[one.cube_id] = "text that is in pages from an earlier request"
-        else:
-            why = "there is time for it" if one.kv.available else one.kv.reason or "no KV record is stored"
-            reasons[one.cube_id] = f"text: {why}"
-    return taken, reasons
-
-
-def _left_out(
-    left: Sequence[PlanInput],
-    request: PlanRequest,
-    price: Pricer,
-    forecast: Forecast,
-    choice: Choice,
-    taken: int,
-) -> tuple[Skipped, ...]:
-    """Why each of the others stays out."""
-    if not left:
-        return ()
-    if taken >= request.max_memories:
-        return tuple(_skip(one, f"max_memories ({request.max_memories}) is reached") for one in left)
-    kv_too = request.form != "text"
-    spare = max(0.0, (request.budget_ms or 0.0) - forecast.promise_ms)
-    few = np.asarray([0.0, UNIT, 0.0])
-    base, text, kv = price(
-        Load(text=few, kv=few[::-1], again=few[::-1] * choice.share, records=few[::-1] / UNIT)
-    ).tolist()
-    text, kv = (text - base) / UNIT, (kv - base) / UNIT
-    out = []
-    for one in left:
-        way = f"{one.text_tokens * text:.0f} ms as text, "
-        if one.kv.available and kv_too:
-            way += f"{one.kv.tokens * kv:.0f} ms as KV"
-        else:
-            way += one.kv.reason or "no KV record is stored"
-        out.append(_skip(one, f"it would take about {way}; {spare:.0f} ms are left"))
-    return tuple(out)
-
-
-def _rejected(
-    found: Sequence[tuple[Choice, list[PlanInput], Items]],
-    best: Choice,
-    shares: Sequence[float],
-    ideal: float,
-    budget: float,
-) -> tuple[Option, ...]:
-    """The other shares' best, and those that have none."""
-    names = ("skip", "text", "kv")
-    out = []
-    for share in shares:
-        here = [one for one, _, _ in found if one.share == share]
-        if not here:
-            why = f"nothing with this share fits into {budget:g} ms"
-            out.append(Option(share, (), 0.0, 0.0, why))
-            continue
-        top = max(here, key=lambda one: (one.value, -one.ms))
-        if top is not best:
-            slower = (
-                "slower, and no better"
-                if top.value <= best.value + EQUAL
-                else "better, but slow for a busy engine"
-            )
-            why = slower if top.value >= best.value - EQUAL else "promises less"
-            forms = tuple(names[form] for form in top.forms)
-            out.append(Option(share, forms, top.value / ideal, top.ms, why))
-    return tuple(out)
