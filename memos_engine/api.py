@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from memos_engine.activation import ActivationMemory
+from memos_engine.background import Background
 from memos_engine.canary import Canary
 from memos_engine.chats import Chat, Chats
 from memos_engine.config import SYSTEM_PROMPT, DecoderConfig, MemoryConfig, Recompute, SamplingParams
@@ -24,6 +25,7 @@ from memos_engine.errors import (
     MemosEngineError,
     StoreError,
 )
+from memos_engine.memory.costs import CostTable
 from memos_engine.memory.embed import Embedder, default_embedder
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import Candidate, MemOperator
@@ -69,6 +71,9 @@ class MemoryEngine:
             self.parameter = ParameterMemory(decoder, store)
         self.preparer = Preparer(decoder, self.layout, self.activation, self.config)
         self.canary = Canary(decoder, self.config.canary, self.config.canary_kl)
+        self.background: Background | None = None
+        if self.activation is not None:
+            self.background = Background(self.activation, self._costs)
 
     @classmethod
     def open(
@@ -146,6 +151,9 @@ class MemoryEngine:
         return UserMemory(self, Principal(tenant, name))
 
     def close(self) -> None:
+        """Ends what works in the background at its next step, and closes the store."""
+        if self.background is not None:
+            self.background.stop()
         if self.store is not None:
             self.store.close()
 
@@ -256,6 +264,10 @@ class MemoryEngine:
     def after_reply(self, prepared: Prepared) -> None:
         """Off the request's path: records use, builds the KV that memories lack, lets the canary look."""
         used = [segment.cube_id for segment in prepared.plan.segments]
+        if self.background is not None:
+            self.background.used(prepared.principal, prepared.plan)
+            if self.config.background and self.live is None:
+                self.background.start()
         if self.store is None or not (used or prepared.lacking):
             return
         try:
@@ -271,6 +283,11 @@ class MemoryEngine:
                 log.warning("memos_engine: the KV of memories was not stored: %s", error)
         if prepared.whole and self.activation is not None and self.canary.wants(prepared.spans):
             self._check(prepared, self.activation)
+
+    def _costs(self) -> tuple[CostTable, dict[str, float]]:
+        """What requests cost here: the table, and what measured requests make of it, by stage."""
+        scheduler = self.preparer.scheduler
+        return scheduler.costs, dict(scheduler.residuals.factors())
 
     def _check(self, prepared: Prepared, activation: ActivationMemory) -> None:
         """The canary's look at a request; turns splicing off for the model where it drifts."""

@@ -144,7 +144,9 @@ class MemoryConfig:
     device, in front of it. eviction: which of them make way, those of least value (value;
     docs/transformations.md) or those longest unused (lru). canary: share of requests that are run again as
     full prefill, after the reply; where the first token is more than canary_kl nats away in the mean,
-    splicing is turned off for the model.
+    splicing is turned off for the model. background: transform memories between requests, in a thread that
+    starts after the first reply (docs/transformations.md); not for a live model, whose weights may change at
+    any moment.
     """
 
     form: str = "auto"
@@ -161,6 +163,7 @@ class MemoryConfig:
     host_bytes: int = 128 << 20
     device_bytes: int = 512 << 20
     eviction: str = "value"
+    background: bool = False
 
     def __post_init__(self) -> None:
         _require(self.form in FORMS, f"form={self.form!r}: use one of {', '.join(FORMS)}.")
@@ -180,3 +183,4 @@ class MemoryConfig:
         _require(self.host_bytes >= 0, "host_bytes: must not be negative.")
         _require(self.device_bytes >= 0, "device_bytes: must not be negative.")
         _require(self.eviction in EVICTIONS, f"eviction={self.eviction!r}: value, lru.")
+        _require(isinstance(self.background, bool), f"background={self.background!r}: True or False.")

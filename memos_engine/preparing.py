@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from memos_engine.activation import ActivationMemory, StoredKV
 from memos_engine.calibration import load_costs
 from memos_engine.chats import Chat
+from memos_engine.combined import joined_head
 from memos_engine.config import MemoryConfig, Recompute
 from memos_engine.decoder.engine import DecoderEngine
 from memos_engine.decoder.sequence import KVSpan, Span, Stats, TextSpan
@@ -158,11 +159,19 @@ class Preparer:
         reused = self.outlook.reused(around, leading)
         now = replace(request, frame=replace(request.frame, spent_ms=_spent(planned.plan)))
         plan = self.scheduler.expect(planned.plan, now, reused)
+        cubes = {c.cube.id: c.cube for c in candidates}
         if skipped_retrieval:
             plan = replace(plan, notes=(skipped_retrieval, *plan.notes))
+        joined: frozenset[str] = frozenset()
+        if self.activation is not None and head == self.layout.anchor and not behind:
+            plan, record, joined = joined_head(self.activation, principal, plan, cubes)
+            if record is not None:
+                planned.records[plan.segments[0].cube_id] = record
         spans: list[Span] = [TextSpan(head)] if behind and head else [] if behind else self._head(head, plan)
         for segment in plan.segments:
             cube_id = segment.cube_id
+            if cube_id in joined:
+                continue
             spans.append(
                 KVSpan(planned.records[cube_id]) if segment.form == "kv" else TextSpan(texts[cube_id])
             )
@@ -172,7 +181,6 @@ class Preparer:
             "fetch": planned.fetch_ms,
             "plan": since() - retrieved - planned.fetch_ms,
         }
-        cubes = {c.cube.id: c.cube for c in candidates}
         wanted = [s.cube_id for s in plan.segments]
         if budget is not None:  # what stayed out for want of time is there as KV the next time
             wanted += [s.cube_id for s in plan.skipped if s.need >= NEEDED][:limit]

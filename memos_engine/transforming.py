@@ -13,20 +13,16 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from uuid import uuid4
 
-from memos_engine.activation import ANCHORED, ActivationMemory
-from memos_engine.decoder.identity import RecordIdentity, ids_digest
-from memos_engine.decoder.quantize import quantize_record
-from memos_engine.decoder.record import KVRecord, decode_record, encode_record
-from memos_engine.errors import ConflictError, MemoryNotFoundError, MemosEngineError, PayloadError, StoreError
+from memos_engine.activation import ActivationMemory
+from memos_engine.combined import build_combined
+from memos_engine.errors import ConflictError, MemoryNotFoundError, MemosEngineError
 from memos_engine.memory.cube import MemCube
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.lifecycle import LifecycleState
 from memos_engine.memory.store import MemoryStore
 from memos_engine.memory.store_jobs import LEASE_S, Job
-from memos_engine.memory.store_kv import COMBINED
 from memos_engine.memory.transform import KINDS, PLACES, TEXT, Action, Known, TransformPolicy, plan
 
 log = logging.getLogger("memos_engine")
@@ -52,6 +48,7 @@ class Transformer:
     """Jobs of one store, done with one model's activation memory (None: it was unloaded).
 
     `with Transformer(store, activation):` works in a thread of its own; `run_once()` does one job here.
+    before: called in the thread before it looks for a job, while no request runs.
     """
 
     def __init__(
@@ -62,11 +59,12 @@ class Transformer:
         worker: str | None = None,
         lease_s: float = LEASE_S,
         every_s: float = 1.0,
+        before: Callable[[], object] | None = None,
     ) -> None:
         self.store = store
         self.activation = activation
         self.worker = worker or f"w{os.getpid()}_{uuid4().hex[:8]}"
-        self.lease_s, self.every_s = lease_s, every_s
+        self.lease_s, self.every_s, self.before = lease_s, every_s, before
         self._handlers: dict[str, Handler] = {
             "encode": self._encode,
             "combine": self._combine,
@@ -110,7 +108,7 @@ class Transformer:
         together: Mapping[tuple[str, str], float] | None = None,
     ) -> list[Job]:
         """Plans for an owner's memories as they are now, and queues the plan; see `transform.plan`."""
-        known = survey(self._model(), principal, saved_ms)
+        known = survey(self.model(), principal, saved_ms)
         return self.queue(principal, plan(known, prices, policy, together))
 
     @staticmethod
@@ -164,7 +162,8 @@ class Transformer:
 
     # -- what it does by itself ------------------------------------------------------------------
 
-    def _model(self) -> ActivationMemory:
+    def model(self) -> ActivationMemory:
+        """The activation memory that jobs are done with. Raises ModelGone."""
         if self.activation is None:
             raise ModelGone("waits: the model was unloaded")
         off = self.store.splicing_off(self.activation.model)
@@ -179,12 +178,12 @@ class Transformer:
         built = 0
         for done, cube in enumerate(self._cubes(job)):
             step(done / len(job.cube_ids))
-            built += self._model().build(job.owner, [cube])
+            built += self.model().build(job.owner, [cube])
         return f"built the KV of {built} memories" if built else "the KV was there, or found no room"
 
     def _keys(self, job: Job) -> list[tuple[str, MemCube]]:
         """Keys of the records that the job's memories have now."""
-        model, found = self._model(), []
+        model, found = self.model(), []
         for cube in self._cubes(job):
             ids = model.layout.memory(cube.body or "")
             found += [
@@ -196,7 +195,7 @@ class Transformer:
 
     def _promote(self, job: Job, step: Step) -> str:
         """Reads records into the best tier that takes them."""
-        model, moved = self._model(), 0
+        model, moved = self.model(), 0
         for done, cube in enumerate(self._cubes(job)):
             step(done / len(job.cube_ids))
             stored = model.find(job.owner, cube, model.layout.memory(cube.body or ""))
@@ -207,7 +206,7 @@ class Transformer:
 
     def _demote(self, job: Job, step: Step) -> str:
         to, moved = str(job.detail.get("to", "disk")), 0
-        tiers = self._model().tiers
+        tiers = self.model().tiers
         for key, _ in self._keys(job):
             step(0.5)
             while tiers.holds(key) not in (to, "disk"):
@@ -220,13 +219,13 @@ class Transformer:
         keys = self._keys(job)
         for key, _ in keys:
             step(0.5)
-            self._model().tiers.drop(key)
+            self.model().tiers.drop(key)
             self.store.drop_kv(key, "not worth its bytes")
         return f"dropped {len(keys)} records; the text stays"
 
     def _combine(self, job: Job, step: Step) -> str:
         step(0.0)
-        return build_combined(self._model(), job.owner, self._cubes(job))
+        return build_combined(self.model(), job.owner, self._cubes(job))
 
     # -- a thread of its own ---------------------------------------------------------------------
 
@@ -258,9 +257,11 @@ class Transformer:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
+                if self.before is not None and not self.busy:
+                    self.before()
                 done = self.run_once()
                 self.publish()
-            except StoreError as error:
+            except MemosEngineError as error:
                 log.warning("memos_engine: the store's jobs cannot be done now: %s", error)
                 done = None
             if done is None or done.state == "waiting":
@@ -306,55 +307,3 @@ def survey(
 
 class ModelGone(Exception):
     """There is no model to do it with, now."""
-
-
-def combined_identity(
-    model: ActivationMemory, principal: Principal, cubes: Sequence[MemCube]
-) -> tuple[RecordIdentity, tuple[int, ...]]:
-    """The identity that the record of these memories, in this order, has; and its tokens."""
-    ids = tuple(token for cube in cubes for token in model.layout.memory(cube.body or ""))
-    anchored: Mapping[str, RecordIdentity] = model.identities(principal, cubes[0].id, ids)
-    return replace(anchored[ANCHORED], tokens=ids_digest(ids)), ids
-
-
-def build_combined(model: ActivationMemory, principal: Principal, cubes: Sequence[MemCube]) -> str:
-    """Encodes memories behind the anchor as one record, in which each has seen those before it. All of them
-    must be the caller's own."""
-    if not model.store.owns_all(principal, [cube.id for cube in cubes]) or len(cubes) < 2:
-        raise MemoryNotFoundError("one record is made of two memories or more, all of the caller's own.")
-    identity, ids = combined_identity(model, principal, cubes)
-    key, names = identity.digest(), [cube.id for cube in cubes]
-    if model.store.find_combined(principal, names, key) is not None:
-        return "the combined record was there"
-    k, v = model.decoder.encode_span(model.layout.anchor, ids)
-    record = KVRecord(k, v, ids, "", identity.anchor)
-    if identity.quantizer != "none":
-        record = quantize_record(record)
-    blob = model.store.vault.write(encode_record(record, identity))
-    for cube in cubes:  # a text that was changed meanwhile is not in it
-        if model.store.get(principal, cube.id).version != cube.version:
-            raise StoreError(f"memory {cube.id!r} changed while its combined record was built.")
-    first = cubes[0]
-    model.store.put_kv(
-        principal, first.id, first.version, f"{COMBINED}{key}", blob, record.num_tokens, names[1:]
-    )
-    return f"one record of {len(cubes)} memories"
-
-
-def load_combined(model: ActivationMemory, principal: Principal, cubes: Sequence[MemCube]) -> KVRecord | None:
-    """The record of exactly these memories, verified; None where there is none, or where the caller does not
-    see one of them now: each then goes in by itself."""
-    identity, _ = combined_identity(model, principal, cubes)
-    key = identity.digest()
-    blob = model.store.find_combined(principal, [cube.id for cube in cubes], key)
-    if blob is None:
-        return None
-    held = model.tiers.get(f"{COMBINED}{key}")
-    if held is not None:
-        return held
-    try:
-        record = decode_record(model.store.vault.read(blob), identity)
-    except PayloadError as error:
-        model.store.drop_kv(f"{COMBINED}{key}", error.reason)
-        return None
-    return model.tiers.put(f"{COMBINED}{key}", record)

@@ -17,6 +17,7 @@ from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import Candidate
 from memos_engine.memory.store import HistoryEntry
 from memos_engine.parameter import AdapterUse
+from memos_engine.memory.store_jobs import Job
 from memos_engine.preparing import Ask
 from memos_engine.reply import Reply, TextStream
 from memos_engine.user_adapters import UserAdapters
@@ -129,6 +130,16 @@ class UserMemory:
             raise StoreError("This engine has no store. Open it with store=<directory> to keep adapters.")
         return UserAdapters(memory, self.principal, self._let_go)
 
+    def transform(self) -> list[Job]:
+        """Looks at all own memories now, and does what is worth it: builds, moves, joins and drops KV
+        (docs/transformations.md), until nothing is due or a request comes. Returns what the look queued, as
+        it stands then. With `MemoryConfig(background=True)` it happens by itself."""
+        background = self.engine.background
+        if background is None:
+            raise StoreError("This engine has no store; there is nothing to transform.")
+        self.engine.refresh()
+        return background.work(self.principal)
+
     def chat(
         self,
         text: str,
@@ -230,4 +241,6 @@ class UserMemory:
         self.engine.preparer.forget()
         if self.engine.parameter is not None:
             self.engine.parameter.evict()
+        if self.engine.background is not None:
+            self.engine.background.forget(self.principal)
         self.engine.decoder.forget_prefixes()

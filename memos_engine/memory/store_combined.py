@@ -40,6 +40,19 @@ class CombinedRows(StoreBase):
             return None
         return BlobRef(*row[:3])
 
+    def combined_sizes(self, principal: Principal, cube_id: str) -> set[int]:
+        """How many memories the combined records have that begin with this one; empty where the caller does
+        not see it."""
+        where, params = visible(principal, self._now())
+        with self._db.read() as conn:
+            rows = conn.execute(
+                "SELECT 1 + (SELECT count(*) FROM kv_context x WHERE x.identity = k.identity AND x.cube_id = "
+                "k.cube_id) FROM kv_artifact k JOIN cube c ON c.id = k.cube_id WHERE k.cube_id = :first AND "
+                f"k.version = c.version AND substr(k.identity, 1, :length) = :combined AND {where}",
+                {**params, "first": cube_id, "combined": COMBINED, "length": len(COMBINED)},
+            ).fetchall()
+        return {row[0] for row in rows}
+
     def owns_all(self, principal: Principal, cube_ids: Sequence[str]) -> bool:
         """Whether the caller owns all of these memories, so that they may be one record."""
         where, params = visible(principal, self._now(), own=True)

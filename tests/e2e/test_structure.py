@@ -30,6 +30,8 @@ LAYER_OF = {
     "consolidate": "meeting",
     "tiers": "meeting",
     "transforming": "meeting",
+    "combined": "meeting",
+    "background": "meeting",
     "reply": "meeting",
     "chats": "meeting",
     "prompt": "meeting",

@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memos_engine import DecoderConfig, MemoryConfig, MemoryEngine
+from memos_engine.combined import build_combined, combined_identity, load_combined
 from memos_engine.decoder.sequence import TextSpan
 from memos_engine.errors import MemoryNotFoundError, StoreError
 from memos_engine.memory.embed import HashingEmbedder
 from memos_engine.memory.store_kv import COMBINED
 from memos_engine.memory.transform import Action
-from memos_engine.transforming import Transformer, build_combined, combined_identity, load_combined
+from memos_engine.transforming import Transformer
 
 
 @pytest.fixture
