@@ -209,9 +209,9 @@ class Simulation:
             self.scheduler.residuals.observe(one.table, one.actual)
             forecast = one.plan.forecast
             assert forecast is not None
-            self.scheduler.residuals.promised(
-                forecast.total_ms - one.actual["spent"], ttft - one.actual["spent"]
-            )
+            fetch = one.actual["fetch"], forecast.stages["fetch"]
+            spent = one.actual["spent"]
+            self.scheduler.residuals.promised(forecast.total_ms - spent - fetch[1], ttft - spent - fetch[0])
             inside = [int(s.cube_id) for s in one.plan.segments]
             outside = [int(s.cube_id) for s in one.plan.skipped if s.need >= NEEDED]
             self.world.used(inside + outside, one.at / 1e3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -69,7 +70,7 @@ class MemoryEngine:
         if store is not None:
             self.activation = ActivationMemory(decoder, self.layout, store, self.config)
             self.parameter = ParameterMemory(decoder, store)
-        self.preparer = Preparer(decoder, self.layout, self.activation, self.config)
+        self.preparer = Preparer(decoder, self.layout, self.activation, self.config, self.parameter)
         self.canary = Canary(decoder, self.config.canary, self.config.canary_kl)
         self.background: Background | None = None
         if self.activation is not None:
@@ -228,7 +229,7 @@ class MemoryEngine:
             return self.operator.recall(principal, query, k=k)
 
         found = None if self.store is None else recall
-        return self.preparer.prepare(principal, found, head, tail, ask, chat, start)
+        return self.preparer.prepare(principal, found, head, tail, replace(ask, query=query), chat, start)
 
     def salt(self, principal: Principal) -> bytes:
         """What keeps this principal's pages apart from all others'."""
@@ -242,12 +243,13 @@ class MemoryEngine:
         chat: Chat | None = None,
         adapter: AdapterUse | None = None,
     ) -> tuple[list[int], Stats, str]:
-        """Decodes a prepared request, the adapter active from its last span on. Returns the answer's ids
-        without a stop token, what it cost, and the finish reason (stop or length)."""
+        """Decodes a prepared request, the adapter (default: the plan's) active from its last span on. Returns
+        the answer's ids without a stop token, what it cost, and the finish reason (stop or length)."""
         session = None if chat is None else chat.pages
         again, by = self.preparer.recompute(prepared), self.preparer.start_by(prepared)
         salt = self.salt(prepared.principal)
         bound: dict[str, Any] = {}
+        adapter = adapter or prepared.adapter
         if adapter is not None:
             bound["adapter"] = adapter.bound(sum(len(span.token_ids) for span in prepared.spans[:-1]))
         for out in self.decoder.generate(

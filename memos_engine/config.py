@@ -135,23 +135,25 @@ class MemoryConfig:
     form: auto (stored KV where there is a usable record, else text), kv, text or none. recompute: share of
     their tokens to compute again, from 0 (fastest) to 1 (full prefill; docs/splicing.md); None: as much as
     the plan finds right. quality_tolerance: share of quality that a request without a budget gives for speed.
-    ttft_budget_ms: time until the first token (docs/scheduling.md); None: the best answer. max_memories: most
-    memories of one request. min_score: cosine below which a memory is left out. build: make missing KV
-    records after the reply, off the request's path. kv_dtype: how KV is stored, in the model's dtype (auto)
-    or as int8, at about half the bytes of bfloat16. contexts: what stands to the left of a memory while its
-    KV for other slots than the first is made: the owner's own memories, neutral statements, or auto: own
-    where there are at least 32. host_bytes: records kept in host memory. device_bytes: the same on a CUDA
-    device, in front of it. eviction: which of them make way, those of least value (value;
-    docs/transformations.md) or those longest unused (lru). canary: share of requests that are run again as
-    full prefill, after the reply; where the first token is more than canary_kl nats away in the mean,
-    splicing is turned off for the model. background: transform memories between requests, in a thread that
-    starts after the first reply (docs/transformations.md); not for a live model, whose weights may change at
-    any moment.
+    ttft_budget_ms: time until the first token (docs/scheduling.md); None: the best answer. adapters: auto, or
+    off: whether a plan may bind one of the owner's promoted adapters by itself (docs/parameter-memory.md).
+    max_memories: most memories of one request. min_score: cosine below which a memory is left out. build:
+    make missing KV records after the reply, off the request's path. kv_dtype: how KV is stored, in the
+    model's dtype (auto) or as int8, at about half the bytes of bfloat16. contexts: what stands to the left of
+    a memory while its KV for other slots than the first is made: the owner's own memories, neutral
+    statements, or auto: own where there are at least 32. host_bytes: records kept in host memory.
+    device_bytes: the same on a CUDA device, in front of it. eviction: which of them make way, those of least
+    value (value; docs/transformations.md) or those longest unused (lru). canary: share of requests that are
+    run again as full prefill, after the reply; where the first token is more than canary_kl nats away in the
+    mean, splicing is turned off for the model. background: transform memories between requests, in a thread
+    that starts after the first reply (docs/transformations.md); not for a live model, whose weights may
+    change at any moment.
     """
 
     form: str = "auto"
     recompute: float | None = None
     quality_tolerance: float = 0.03
+    adapters: str = "auto"
     ttft_budget_ms: float | None = None
     max_memories: int = 4
     min_score: float = 0.15
@@ -169,6 +171,7 @@ class MemoryConfig:
         _require(self.form in FORMS, f"form={self.form!r}: use one of {', '.join(FORMS)}.")
         share, budget = self.recompute, self.ttft_budget_ms
         _require(share is None or 0 <= share <= 1, f"recompute={share}: must be between 0 and 1, or None.")
+        _require(self.adapters in ("auto", "off"), f"adapters={self.adapters!r}: use auto or off.")
         _require(0 <= self.quality_tolerance <= 1, "quality_tolerance: a share, between 0 and 1.")
         good = budget is None or (math.isfinite(budget) and budget > 0)
         _require(good, f"ttft_budget_ms={budget}: milliseconds, more than 0, or None for the best answer.")

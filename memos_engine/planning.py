@@ -126,9 +126,10 @@ def _rest_ms(plan: Plan) -> float:
     forecast = plan.forecast
     if forecast is None:
         return 0.0
-    spent = forecast.total_ms - sum(forecast.stages.values())
-    stretch = (forecast.promise_ms - spent) / max(1e-9, forecast.total_ms - spent)
-    return stretch * sum(ms for name, ms in forecast.stages.items() if name != "fetch")
+    rest = sum(ms for name, ms in forecast.stages.items() if name != "fetch")
+    fetch = forecast.stages.get("fetch", 0.0)
+    spent = forecast.total_ms - rest - fetch
+    return max(rest, forecast.promise_ms - spent - fetch * forecast.fetch_promise)
 
 
 def _too_late(plan: Plan, since: Since) -> bool:

@@ -16,13 +16,14 @@ from memos_engine.config import MemoryConfig, Recompute
 from memos_engine.decoder.engine import DecoderEngine
 from memos_engine.decoder.sequence import KVSpan, Span, Stats, TextSpan
 from memos_engine.decoder.weights import Weights
-from memos_engine.errors import ContextLengthError, MemoryNotFoundError, OutOfPagesError
+from memos_engine.errors import ContextLengthError, MemoryNotFoundError, MemosEngineError, OutOfPagesError
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import Candidate
 from memos_engine.memory.plan import Plan, PlanInput, PlanRequest, check_budget
 from memos_engine.memory.quality import DEFAULT_QUALITY, SpliceQuality
 from memos_engine.memory.scheduler import MemScheduler
 from memos_engine.outlook import Outlook, Surroundings
+from memos_engine.parameter import AdapterUse, ParameterMemory
 from memos_engine.planning import Since, plan_input, plan_with_records
 from memos_engine.profile import load_profile
 from memos_engine.prompt import PromptLayout
@@ -43,7 +44,8 @@ class Ask:
 
     form: auto, kv, text or none. max_memories: most that enter. recompute: share of their tokens to compute
     again. budget_ms: time until the first token. answer: tokens the caller may want, for which memories leave
-    room (up to a quarter of the window). session: the conversation's name.
+    room (up to a quarter of the window). session: the conversation's name. adapters: whether the plan may
+    bind one of the owner's by itself. query: the words that were searched for.
     """
 
     form: str | None = None
@@ -52,6 +54,8 @@ class Ask:
     budget_ms: float | None = None
     answer: int = 1
     session: str | None = None
+    adapters: bool = False
+    query: str = ""
 
 
 class Preparer:
@@ -63,8 +67,10 @@ class Preparer:
         layout: PromptLayout,
         activation: ActivationMemory | None,
         config: MemoryConfig,
+        parameter: ParameterMemory | None = None,
     ) -> None:
         self.decoder, self.layout, self.activation, self.config = decoder, layout, activation, config
+        self.parameter = parameter
         self.outlook = Outlook(decoder)
         self.clock: Callable[[], float] = time.perf_counter
         self._spans: OrderedDict[str, tuple[int, ...]] = OrderedDict()
@@ -150,7 +156,15 @@ class Preparer:
         inputs, stored, texts = self._inputs(principal, candidates, form, around, ask, chat)
         if budget is not None and form in ("auto", "text"):
             request = replace(request, known=self.outlook.known(around, texts))
+        if ask.adapters and self.parameter is not None and chat is None and candidates:
+            scored = [(candidate.cube.id, candidate.score) for candidate in candidates]
+            choice = self.parameter.choose(principal, scored, ask.query)
+            request = replace(request, adapter=choice.option)
         planned = plan_with_records(self.scheduler, self.activation, inputs, request, stored, since)
+        adapter, refused = self._adapter(principal, planned.plan)
+        if refused:  # what it would have known enters as it is
+            request = replace(request, adapter=None)
+            planned = plan_with_records(self.scheduler, self.activation, inputs, request, stored, since)
         leading = []
         for segment in planned.plan.segments:
             if segment.form != "text":
@@ -160,8 +174,8 @@ class Preparer:
         now = replace(request, frame=replace(request.frame, spent_ms=_spent(planned.plan)))
         plan = self.scheduler.expect(planned.plan, now, reused)
         cubes = {c.cube.id: c.cube for c in candidates}
-        if skipped_retrieval:
-            plan = replace(plan, notes=(skipped_retrieval, *plan.notes))
+        said = [note for note in (skipped_retrieval, refused) if note]
+        plan = replace(plan, notes=(*said, *plan.notes))
         joined: frozenset[str] = frozenset()
         if self.activation is not None and head == self.layout.anchor and not behind:
             plan, record, joined = joined_head(self.activation, principal, plan, cubes)
@@ -188,7 +202,18 @@ class Preparer:
         return Prepared(
             spans, self._foreseen(plan, bool(candidates)), principal, lacking, timings,
             whole=not behind, start=since.start, around=around, schedule_ms=planned.schedule_ms,
+            adapter=adapter,
         )  # fmt: skip
+
+    def _adapter(self, principal: Principal, plan: Plan) -> tuple[AdapterUse | None, str]:
+        """The adapter that a plan binds, loaded; or none, and why the planned one cannot be used."""
+        if plan.adapter is None or self.parameter is None:
+            return None, ""
+        try:
+            return self.parameter.use(principal, plan.adapter), ""
+        except MemosEngineError as error:
+            log.warning("memos_engine: the answer is given without adapter: %s", error)
+            return None, f"without adapter: {error}"
 
     def _root(self, principal: Principal, chat: Chat | None) -> bytes:
         if chat is not None:
@@ -307,7 +332,7 @@ class Preparer:
         forecast, residuals = plan.forecast, self.scheduler.residuals
         if forecast is not None and not stats.preemptions:
             residuals.observe(forecast.table, actual)
-            later = ("fetch", "queue", "splice", "probe", "forward")
+            later = ("queue", "splice", "probe", "forward")
             residuals.promised(
                 sum(forecast.stages[name] for name in later), sum(actual[name] for name in later)
             )

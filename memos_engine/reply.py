@@ -12,6 +12,7 @@ from memos_engine.memory.cube import MemCube
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.plan import Plan
 from memos_engine.outlook import Surroundings
+from memos_engine.parameter import AdapterUse
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Prepared:
     memories of the plan, or that only time kept out of it, that lack a record. whole: the spans are the whole
     prompt, no conversation stands before them. start: when the call began, on the clock of
     `time.perf_counter`. around: what the plan was made for. schedule_ms: what deciding took, a part of
-    planning."""
+    planning. adapter: what the plan binds.
+    """
 
     spans: list[Span]
     plan: Plan
@@ -31,6 +33,7 @@ class Prepared:
     start: float = 0.0
     around: Surroundings | None = None
     schedule_ms: float = 0.0
+    adapter: AdapterUse | None = None
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from memos_engine.memory.filters import Filters
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import Candidate
 from memos_engine.memory.store import HistoryEntry
-from memos_engine.parameter import AdapterUse
 from memos_engine.memory.store_jobs import Job
+from memos_engine.parameter import AdapterUse
 from memos_engine.preparing import Ask
 from memos_engine.reply import Reply, TextStream
 from memos_engine.user_adapters import UserAdapters
@@ -163,8 +163,8 @@ class UserMemory:
         (question, answer) turns. session: the name of a conversation to go on with (or to begin): its turns,
         and the memories that they brought in, stay where they are, and their pages are reused while there is
         room. One call at a time per session. stream: called with each new piece of the answer. adapter: name
-        or id of an adapter of the user's, active from behind the memories on; one that cannot be used is left
-        out, and the reply says why.
+        or id of an adapter of the user's, active from behind the memories on (default: the plan's choice, or
+        none); one that cannot be used is left out, and the reply says why.
         """
         engine = self.engine
         start = time.perf_counter()
@@ -191,7 +191,10 @@ class UserMemory:
             text,
             head,
             engine.layout.query(text),
-            Ask(form, max_memories, recompute, ttft_budget_ms, params.max_new_tokens, session),
+            Ask(
+                *(form, max_memories, recompute, ttft_budget_ms, params.max_new_tokens, session),
+                adapters=adapter is None and engine.config.adapters == "auto",
+            ),
             chat,
             start,
         )
@@ -209,7 +212,7 @@ class UserMemory:
             total_ms=(time.perf_counter() - start) * 1e3,
             plan=engine.preparer.account(prepared, stats, ttft_ms),
             stats=stats,
-            adapter=why,
+            adapter=why or (prepared.adapter.label if prepared.adapter else ""),
             timings={**prepared.timings, "splice": stats.splice_ms, "prefill": stats.prefill_ms},
         )
         engine.after_reply(prepared)
@@ -241,6 +244,7 @@ class UserMemory:
         self.engine.preparer.forget()
         if self.engine.parameter is not None:
             self.engine.parameter.evict()
+            self.engine.decoder.adapters.forget()
         if self.engine.background is not None:
             self.engine.background.forget(self.principal)
         self.engine.decoder.forget_prefixes()

@@ -64,6 +64,7 @@ class _Resident:
     slot: int = -1  # not published
     users: int = 0
     pinned: bool = False
+    doomed: bool = False  # goes with its last user
 
 
 class AdapterSlots:
@@ -145,7 +146,19 @@ class AdapterSlots:
 
     def release(self, digest: str) -> None:
         with self._lock:
-            self._get(digest).users -= 1
+            found = self._get(digest)
+            found.users -= 1
+            if found.doomed and not found.users:
+                self.evict(digest)
+
+    def forget(self) -> None:
+        """Takes all adapters out, those in use with their last request: what one was made from may have
+        ended."""
+        with self._lock:
+            for digest, found in list(self._resident.items()):
+                found.doomed = True
+                if not found.users:
+                    self.evict(digest)
 
     def pin(self, digest: str, pinned: bool = True) -> None:
         """Keeps an adapter resident whatever else comes."""

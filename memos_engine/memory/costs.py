@@ -145,7 +145,7 @@ class Frame:
     head_rows_kv: the same where KV follows, and the anchor comes from its record.
     tail: behind them, always computed. behind: of a conversation before all this. queue_ms: until the
     request's first forward begins, of others' work. spent_ms: since the call, before planning. busy: share
-    of late requests that found others at work, 0 to 1.
+    of late requests that found others at work, 0 to 1. swap_ms: of an adapter that is bound.
     """
 
     head: int = 0
@@ -156,6 +156,7 @@ class Frame:
     queue_ms: float = 0.0
     spent_ms: float = 0.0
     busy: float = 0.0
+    swap_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,6 @@ class Load:
     records: Number = 0.0
     disk_records: Number = 0.0
     disk_mib: Number = 0.0
-    swap_mib: Number = 0.0
 
 
 def stages(table: CostTable, frame: Frame, load: Load) -> dict[str, npt.NDArray[np.float64]]:
@@ -202,7 +202,7 @@ def stages(table: CostTable, frame: Frame, load: Load) -> dict[str, npt.NDArray[
         "queue": np.full(context.shape, frame.queue_ms),
         "fetch": load.disk_records * table.fetch[0]
         + load.disk_mib * np.float64(table.fetch[1])
-        + load.swap_mib * np.float64(table.swap_ms),
+        + frame.swap_ms,
         "splice": np.where(kv > 0, base + each * load.records + spliced * (thousand / 1e3), 0.0),
         "probe": np.where(two, probing, 0.0),
         "forward": np.where(two, second, once),
@@ -212,13 +212,15 @@ def stages(table: CostTable, frame: Frame, load: Load) -> dict[str, npt.NDArray[
 @dataclass(frozen=True)
 class Pricer:
     """Prices loads for one request: the table's stages times `factors` from measured residuals, times the
-    `promise` factor that most requests stay below, after what was spent already."""
+    factors that most requests stay below (`fetch_promise` for reading files, which depends on what the system
+    holds of them, `promise` for all else), after what was spent already."""
 
     table: CostTable
     frame: Frame
     factors: Mapping[str, float] = field(default_factory=dict)
     promise: float = 1.0
     plan_ms: float = 0.0  # what is left of planning itself
+    fetch_promise: float = 1.0
 
     def stages(self, load: Load) -> dict[str, npt.NDArray[np.float64]]:
         """Medians of what is still to come."""
@@ -227,8 +229,10 @@ class Pricer:
 
     def __call__(self, load: Load) -> npt.NDArray[np.float64]:
         """Milliseconds from the call to the first token that the promise allows for."""
-        rest = sum(self.stages(load).values(), np.zeros(()))
-        return np.asarray(self.frame.spent_ms + self.promise * (self.plan_ms + rest), np.float64)
+        parts = self.stages(load)
+        fetch = self.fetch_promise * parts.pop("fetch")
+        rest = sum(parts.values(), np.zeros(()))
+        return np.asarray(self.frame.spent_ms + fetch + self.promise * (self.plan_ms + rest), np.float64)
 
     def rows_within(self, budget: float) -> float:
         """About how many rows a budget pays for; where `floor` should be tight."""
@@ -257,9 +261,11 @@ class Pricer:
         out = np.where(np.asarray(share) > 0, probe * probing + forward * more, forward * once)
         spliced = table.splice[1] * load.records + kv * (table.splice[2] / 1e3)
         fetched = load.disk_records * table.fetch[0] + load.disk_mib * np.float64(table.fetch[1])
-        out = out + self.factors.get("splice", 1.0) * spliced + self.factors.get("fetch", 1.0) * fetched
+        fetched = fetched + frame.swap_ms
+        out = out + self.factors.get("splice", 1.0) * spliced
+        fetched = self.fetch_promise * self.factors.get("fetch", 1.0) * fetched
         out = out + self.factors.get("queue", 1.0) * frame.queue_ms
-        return np.asarray(frame.spent_ms + self.promise * (self.plan_ms + out), np.float64)
+        return np.asarray(frame.spent_ms + fetched + self.promise * (self.plan_ms + out), np.float64)
 
 
 def _turn(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> float:

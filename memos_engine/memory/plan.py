@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memos_engine.errors import MemoryInputError
+from memos_engine.memory.adapters import AdapterOption
 from memos_engine.memory.costs import Frame
 
 REQUEST_FORMS = ("auto", "text", "kv", "none")
@@ -72,6 +73,7 @@ class PlanRequest:
     is the share of memory tokens to compute anew, 0 to 1; None leaves it to the plan. `budget_ms`: time until
     the first token, counted from the call; None: the best answer. `tolerance`: how much quality a plan
     without a budget gives for speed. `frame`: what stands around the memories. `known`: prefixes in pages.
+    `adapter`: the one that may be bound, having passed the gate that prefers none.
     """
 
     form: str
@@ -83,6 +85,7 @@ class PlanRequest:
     tolerance: float = 0.02
     frame: Frame = field(default_factory=Frame)
     known: Sequence[KnownPrefix] = ()
+    adapter: AdapterOption | None = None
 
     def __post_init__(self) -> None:
         if self.form not in REQUEST_FORMS:
@@ -151,7 +154,8 @@ class Forecast:
 
     `stages`: medians by stage, `total_ms` their sum; `p95_ms`: what 95 % of requests stay below, and
     `promise_ms` what the budget is held against. `table`: the stages before correction by what was measured.
-    `calibrated`: whether the machine was measured at all.
+    `calibrated`: whether the machine was measured at all. `fetch_promise`: the part of the
+    promise that is about reading files, as a factor on its median.
     """
 
     stages: Mapping[str, float]
@@ -160,6 +164,7 @@ class Forecast:
     promise_ms: float
     table: Mapping[str, float]
     calibrated: bool = False
+    fetch_promise: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +174,7 @@ class Plan:
     `quality`: expected share of what the best plan without a budget would give. `gap`: how much more any plan
     could have had at most (0: proven best). `feasible`: whether the budget can be met at all. `rejected`: the
     other options. `notes`: what the caller should know. `actual`: stages as they turned out, `total` among
-    them; empty before the first token.
+    them; empty before the first token. `adapter`: the one to bind.
     """
 
     segments: tuple[Segment, ...]
@@ -183,6 +188,7 @@ class Plan:
     rejected: tuple[Option, ...] = ()
     notes: tuple[str, ...] = ()
     actual: Mapping[str, float] = field(default_factory=dict)
+    adapter: AdapterOption | None = None
 
     @property
     def tokens(self) -> int:
@@ -259,6 +265,7 @@ class Plan:
                 }
                 for one in self.rejected
             ],
+            "adapter": None if self.adapter is None else self.adapter.cube_id,
             "notes": list(self.notes),
         }
 

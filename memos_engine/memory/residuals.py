@@ -76,6 +76,14 @@ class Residuals:
                 self._quantiles[share] = math.exp(min(MOST, self._quantile(share)))
             return self._quantiles[share]
 
+    def tail(self, stage: str, share: float) -> float:
+        """Factor on a stage's median that a `share` of requests stays below."""
+        with self._lock:
+            ratios = np.asarray(self._stages.get(stage, ()), np.float64)
+        if len(ratios) < 2:
+            return 1.5
+        return float(math.exp(min(LIMIT, np.quantile(ratios, share) - np.median(ratios))))
+
     def relax(self, stage: str) -> None:
         """A stage was left out because it would take too long: that is believed a little less each time, or
         it would never be tried again."""

@@ -15,7 +15,9 @@ from dataclasses import replace
 import numpy as np
 
 from memos_engine.errors import MemoryInputError
+from memos_engine.memory.adapters import AdapterOption
 from memos_engine.memory.arrange import (
+    MEBI,
     ahead,
     arranged,
     as_numbers,
@@ -46,6 +48,9 @@ MOST = 64  # candidates that are weighed
 FEW_SHARES = (0.0, 0.1, 0.4)
 MANY = 16  # candidates beyond which only these are tried
 PROMISE = 0.98  # share of requests that shall keep their budget
+LEARNT = 0.8  # of what a memory says, that an adapter trained on it knows: the gate on recall
+PROCEDURAL = 0.1  # worth of an adapter that changes how, not what, in needed memories
+PATIENCE = 0.9  # share of reads from disk that a plan waits for; what is later is planned around
 SHORT = 64  # tokens up to which a memory that shall enter as text does so although KV is there
 
 
@@ -81,18 +86,46 @@ class MemScheduler:
                 skipped.append(told(one, obstacle))
             else:
                 fit.append(one)
-        price = self.pricer(request)
-        if request.budget_ms is None:
-            plan = self._best(fit, request, price)
-        else:
-            plan = self._within(fit, request, price, request.budget_ms)
+        plan = self._chosen(fit, request)
+        if request.adapter is not None and fit:
+            plan = self._with_adapter(fit, request, request.adapter, plan)
         notes = plan.notes if self.costs.calibrated else (*plan.notes, _UNCALIBRATED)
         return replace(plan, skipped=_in_order((*plan.skipped, *skipped), order), notes=notes)
+
+    def _chosen(self, fit: Sequence[PlanInput], request: PlanRequest) -> Plan:
+        price = self.pricer(request)
+        if request.budget_ms is None:
+            return self._best(fit, request, price)
+        return self._within(fit, request, price, request.budget_ms)
+
+    def _with_adapter(
+        self, fit: Sequence[PlanInput], request: PlanRequest, option: AdapterOption, without: Plan
+    ) -> Plan:
+        """The plan with an adapter bound, where that promises more. What it knows of a memory need not enter
+        again: the memory is worth only the rest."""
+        known = LEARNT * option.probability if option.policy == "exclusive" else 0.0
+        covered = [one for one in fit if one.cube_id in option.covers]
+        rest = [replace(one, need=(one.need or 0.0) * (1 - known)) if one in covered else one for one in fit]
+        swap_ms = self.costs.swap_ms * option.nbytes / MEBI if option.swap_ms is None else option.swap_ms
+        frame = replace(request.frame, swap_ms=0.0 if option.warm else swap_ms)
+        plan = self._chosen(rest, replace(request, frame=frame, adapter=None))
+        gain = known * sum(one.need or 0.0 for one in covered)
+        gain += PROCEDURAL * option.probability * (option.policy != "exclusive")
+        mine, other = (sum(s.value for s in one.segments) for one in (plan, without))
+        note = f"adapter {option.cube_id}: {option.reason or 'it fits the request'}"
+        if not plan.feasible or mine + gain <= other + EQUAL:
+            return replace(
+                without, notes=(*without.notes, f"{note}; memories alone promise more in the time")
+            )
+        ideal = max(other / without.quality if without.quality > 0 else 0.0, mine + gain)
+        quality = (mine + gain) / ideal if ideal > 0 else 1.0
+        return replace(plan, quality=quality, adapter=option, notes=(*plan.notes, f"{note}; it is bound"))
 
     def pricer(self, request: PlanRequest) -> Pricer:
         factors = self.residuals.factors()
         plan_ms = 0.0 if request.frame.spent_ms else self.costs.plan_ms * factors.get("plan", 1.0)
-        return Pricer(self.costs, request.frame, factors, self.residuals.quantile(PROMISE), plan_ms)
+        promise, fetch = self.residuals.quantile(PROMISE), self.residuals.tail("fetch", PATIENCE)
+        return Pricer(self.costs, request.frame, factors, promise, plan_ms, fetch)
 
     def no_time_to_retrieve(self, request: PlanRequest, spent_ms: float) -> str:
         """Why memories should not even be looked for within the budget; empty where they should."""
@@ -114,8 +147,14 @@ class MemScheduler:
         stages = {name: float(ms) for name, ms in price.stages(load).items()}
         table = {name: ms / price.factors.get(name, 1.0) for name, ms in stages.items()}
         rest, spent = price.plan_ms + sum(stages.values()), price.frame.spent_ms
-        p95 = spent + self.residuals.quantile(0.95) * rest
-        return Forecast(stages, spent + rest, p95, spent + price.promise * rest, table, self.costs.calibrated)
+        slow = spent + price.fetch_promise * stages["fetch"]
+        p95, promised = (
+            slow + factor * (rest - stages["fetch"])
+            for factor in (self.residuals.quantile(0.95), price.promise)
+        )
+        return Forecast(
+            stages, spent + rest, p95, promised, table, self.costs.calibrated, price.fetch_promise
+        )
 
     def expect(self, plan: Plan, request: PlanRequest, reused: int) -> Plan:
         """The plan with the forecast of what it is, `reused` tokens of its text being in pages."""
