@@ -108,8 +108,9 @@ class Bed:
                         record = replace(made[paragraph][form], identity="")
                         activation._put(person.principal, cube, record, identity)
                 self.stored_bytes += sum(record.nbytes for record in made[paragraph].values())
-            person.recall("anything", k=1)  # reads the user's index, as a service has done before long
             tell("building the store", number + 1, len(self.people))
+        for person in self.people:  # reads the user's index, as a service has done before long
+            person.recall("anything", k=1)
         activation.tiers.host.most = max(1 << 20, int(HELD * self.stored_bytes))
         activation.evict()
 

@@ -23,6 +23,7 @@ log = logging.getLogger("memos_engine")
 REPLANS = 2  # times that a late record or a late hour changes a plan
 READERS = 4  # threads that may wait for files at once; a stalled disk must not gather more
 LEAST_PATIENCE_MS = 1.0
+MARGIN = 1.2  # a read that is late goes on beside the forward, which then takes longer
 
 Wanted = tuple[str, str]  # a memory and the form of its record
 _reading = threading.Semaphore(READERS)
@@ -140,7 +141,7 @@ def _patience(plan: Plan, since: Since) -> float | None:
     """Milliseconds that reading may take; None: as long as it takes."""
     if plan.budget_ms is None:
         return None
-    return max(LEAST_PATIENCE_MS, plan.budget_ms - since() - _rest_ms(plan))
+    return max(LEAST_PATIENCE_MS, plan.budget_ms - since() - MARGIN * _rest_ms(plan))
 
 
 def _without(one: PlanInput, stored: dict[str, StoredKV], form: str, why: str | None) -> PlanInput:

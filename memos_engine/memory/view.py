@@ -26,7 +26,8 @@ log = logging.getLogger("memos_engine")
 
 MAX_VIEWS = 1024
 MAX_ROWS = 500_000  # of all views but the newest: many callers with a few memories, or few with many
-_MANY = 2000  # changes since the last look beyond which everything is read anew
+_MANY = 2000  # changes since the last look beyond which everything is read anew ...
+_FEW = 100  # ... or, of a caller who has fewer memories than there are changes, this many
 
 Run = Callable[[Callable[[], None]], None]
 
@@ -61,7 +62,7 @@ class View:
         over = self._rights is not None and self._store.now() >= self._rights
         if over or self._undone != undone:
             ids = None
-        if ids is not None and len(ids) > max(_MANY, len(self.passages) // 4):
+        if ids is not None and len(ids) > self._many():
             ids = None
         if ids is None:
             self._read_all()
@@ -72,6 +73,12 @@ class View:
             self._put(rows)
         self._seq, self._undone = seq, undone
         self._choose()
+
+    def _many(self) -> int:
+        """Changes beyond which reading everything anew is faster: others' changes count, too, and a caller
+        with a few memories reads those sooner than a thousand of them."""
+        mine = len(self.passages)
+        return min(max(_MANY, mine // 4), max(_FEW, mine))
 
     @property
     def exact(self) -> bool:
