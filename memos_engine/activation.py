@@ -70,6 +70,7 @@ class ActivationMemory:
         self.tiers = RecordTiers.beside(decoder.runner.device, config)
         self._anchor: tuple[Weights, KVSpan] | None = None
         self._said = False  # that averages do not fit into the pool
+        self._evictions = 0
 
     @property
     def _int8(self) -> bool:
@@ -173,7 +174,10 @@ class ActivationMemory:
         """A record from the vault, verified, and in the tiers from now on. Touches no database, so that any
         thread may wait for it. Raises PayloadError."""
         identity, blob = stored.records[form]
+        evictions = self._evictions
         record = decode_record(self.store.vault.read(blob), identity)
+        if evictions != self._evictions:  # its memory may have ended meanwhile: it stays nowhere
+            return record
         return self.tiers.put(identity.digest(), record)
 
     def refuse(self, stored: StoredKV, form: str, error: PayloadError) -> None:
@@ -255,4 +259,5 @@ class ActivationMemory:
 
     def evict(self) -> None:
         """Empties the tiers: what is needed again is read from the vault."""
+        self._evictions += 1
         self.tiers.clear()

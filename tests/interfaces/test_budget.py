@@ -122,6 +122,22 @@ def test_a_stalled_tier_is_not_waited_for(started, monkeypatch):
     assert engine.activation.tiers.host.records
 
 
+def test_what_ends_while_it_is_read_stays_nowhere(started, monkeypatch):
+    engine, alice = started()
+    engine.activation.evict()
+    held = threading.Event()
+    read = engine.store.vault.read
+    monkeypatch.setattr(engine.store.vault, "read", lambda *a, **k: held.wait(30) and read(*a, **k))
+    alice.chat(QUESTION, SHORT, form="kv", ttft_budget_ms=100.0)
+    readers = [thread for thread in threading.enumerate() if thread.name == "memos-engine-fetch"]
+    engine.config = replace(engine.config, build=False)
+    engine.activation.evict()  # as after an erasure
+    held.set()
+    for reader in readers:
+        reader.join(5)
+    assert not engine.activation.tiers.host.records
+
+
 def test_stalled_reads_do_not_gather_threads(started, monkeypatch):
     engine, alice = started()
     held = threading.Event()
