@@ -32,11 +32,14 @@ BENCHES: dict[str, str] = {
     "int8": "int8",
     "lora": "lora",
     "retrieval": "retrieval",
+    "need": "need",
     "steady": "steady",
     "store": "store",
     "budget": "budget",
     "quality": "quality",
 }
+# Results under names of their own, by a command's option.
+VARIANTS = ("budget-simulated",)
 
 
 def runner(bench: str) -> Callable[[Options, Progress], dict[str, Any]]:
@@ -74,9 +77,10 @@ def run_all(options: Options, progress: Progress = silent) -> dict[str, Any]:
 
 
 def documents_in(folder: Any) -> list[dict[str, Any]]:
-    """Results of a folder in the order of `BENCHES`; whatever else lies there is left alone."""
+    """Results of a folder in the order of `BENCHES`, then their variants; whatever else lies there is left
+    alone."""
     found = []
-    for bench in BENCHES:
+    for bench in (*BENCHES, *VARIANTS):
         path = result_path(folder, bench)
         if path.is_file():
             found.append(read_result(path))

@@ -10,6 +10,7 @@ from memos_engine.bench.report import charts
 from memos_engine.bench.report.charts import Bar, Group, Level, Line
 from memos_engine.bench.report.figures_budget import budget
 from memos_engine.bench.report.figures_more import kernels, load, roofline, table5
+from memos_engine.bench.report.figures_promote import promotion
 from memos_engine.bench.report.palette import SPLICED, STYLES, row_name, series_role
 from memos_engine.bench.report.plots import Drawing
 from memos_engine.bench.report.values import (
@@ -42,6 +43,7 @@ def drawings(document: Document) -> list[Drawing]:
         "roofline": roofline,
         "load": load,
         "budget": budget,
+        "budget-simulated": promotion,
         "paper-table5": table5,
     }
     maker = makers.get(clean(document.get("bench")))

@@ -70,11 +70,23 @@ BENCHES = {
         "say. Our weights were chosen on the half of the dialogues that they are not scored on, except in "
         "the rows of the weights as shipped.",
     ),
+    "need": (
+        "Which memories are needed",
+        "The probability that an answer needs a memory, given its cosine, relevance and rank: fitted on "
+        "every other dialogue of LoCoMo and scored on the ones between, beside the numbers that the "
+        "scheduler is shipped with.",
+    ),
     "budget": (
         "Answers within a time",
         "Questions of many users about their memories, each with a time by which the first token is due. The "
         "memory scheduler chooses which memories enter and in which form; fixed policies are cut off where "
         "the same cost model says that the time ends.",
+    ),
+    "budget-simulated": (
+        "Answers within a time, simulated",
+        "The same scheduler in simulated time, under loads that this machine could never make: a thousand "
+        "requests a second over a million memories, on a machine that is not as the scheduler was told. And "
+        "what lies in memory kept by value, against LRU, LFU and others.",
     ),
     "steady": (
         "Steady state",
@@ -154,6 +166,20 @@ READING: tuple[tuple[frozenset[str], str, str], ...] = (
         "Changed, added and written count records of the store, by the SHA-256 of their files and by the "
         "rows that name them, from before the first request to after the last: each should be 0. A store "
         "that keeps what requests computed would grow, and fit the orders it was made in.",
+    ),
+    (
+        frozenset({"need"}),
+        "Honest probabilities",
+        "Log loss is in nats, lower is better, beside that of a model that gives every candidate the same "
+        "probability. The calibration error is how far predicted probabilities lie from observed shares, in "
+        "the mean over ten bins of as many candidates.",
+    ),
+    (
+        frozenset({"budget", "budget-simulated"}),
+        "Time kept, time foreseen",
+        "Kept: the share of requests whose first token came within the budget. The error of the forecast is "
+        "the median distance of the time foreseen, when the plan was made, from the time taken. A request is "
+        "excluded where the bare query alone, without retrieval and memories, takes longer than the budget.",
     ),
     (
         frozenset({"load"}),

@@ -1,5 +1,4 @@
-"""Transformations by themselves: what is looked at, what it is worth, and that requests take joined
-records."""
+"""Transformations by themselves: what is looked at, what it is worth; and requests take joined records."""
 
 from __future__ import annotations
 
