@@ -144,7 +144,11 @@ def test_a_record_sinks_only_when_all_of_it_has_come(tiny_llama, make_engine, ra
     first, second, third = records(engine, random_ids, 3, tokens=20)
     room = second.nbytes
     tiers = RecordTiers(
-        10 * room, room, lambda one: Slow(one).moved, lambda one: one.moved(lambda tensor: tensor.clone())
+        10 * room,
+        room,
+        lambda one: Slow(one).moved,
+        lambda one: one.moved(lambda tensor: tensor.clone()),
+        "lru",
     )
     tiers.put("first", first)
     tiers.put("second", second)

@@ -40,7 +40,8 @@ class StandIn:
         self.pages = list(zip(k_pages, v_pages, strict=True))
         self.runs = 0
 
-    def run(self, hidden, slot_mapping, positions, query_start, block_table, seq_lens, rows=None):
+    def run(self, hidden, slot_mapping, positions, query_start, block_table, seq_lens, rows=None, lora=None):
+        assert lora is None
         self.runs += 1
         for layer, (k_pages, v_pages) in zip(self.layers, self.pages, strict=True):
             dim = k_pages.shape[-1]

@@ -194,6 +194,8 @@ def test_graphs_read_and_write_int8_pages(engine, random_ids):
 class _Request:
     """As much of a Sequence as index tensors need."""
 
+    adapter = None
+
     def __init__(self, tokens, blocks):
         self.tokens, self.blocks = tokens, blocks
 

@@ -33,7 +33,7 @@ def compiled(tmp_path_factory):
 
 def test_all_kernels_for_all_targets(compiled):
     kernels = {"attend_kernel", "join_kernel", "probe_kernel", "append_kernel", "splice_kernel"}
-    kernels |= {"rope_kernel", "rms_norm_kernel", "silu_mul_kernel"}
+    kernels |= {"rope_kernel", "rms_norm_kernel", "silu_mul_kernel", "shrink_kernel", "expand_kernel"}
     assert {(row["kernel"], row["target"]) for row in compiled} == {(k, t) for k in kernels for t in (80, 90)}
     assert all(row["bytes"] for row in compiled)
 
