@@ -1,8 +1,10 @@
 """What an adapter costs: milliseconds a decoded token beside the same engine without one, and swaps.
 
-Adapters are random, of rank 16 on the MLP. Ours without, ours with (all requests with one of their own) and
-the peers take turns, step by step. `byte_bound_ms` is the adapters' bytes over the read bandwidth measured in
-the same run: what reading them alone would take. PEFT is measured for one request, where it is installed.
+Adapters are random, of rank 16 on the MLP. Ours without, ours with (all requests with one of their own), ours
+with for one request of the batch alone, and the peers take turns, step by step. `byte_bound_ms` is the
+adapters' bytes over the read bandwidth measured in the same run: what reading them alone would take. PEFT is
+measured for one request, where it is installed. Swaps are of an adapter on all projections: `cold` reads it
+from the vault (checksum, checks, one copy) into a slot, `publish` puts one that is in memory into a slot.
 """
 
 from __future__ import annotations
@@ -21,17 +23,19 @@ from memos_engine.bench.options import Options, Progress, silent
 from memos_engine.bench.roofline import _read
 from memos_engine.bench.systems import OURS
 from memos_engine.bench.target import Target, open_target, random_weights
-from safetensors.torch import load_file, save_file
 
 from memos_engine.config import ConfigError, DecoderConfig
-from memos_engine.decoder.adapter import Adapter, LowRank
+from memos_engine.decoder.adapter import PROJECTIONS, Adapter, LowRank
+from memos_engine.decoder.adapter_record import decode_adapter, encode_adapter
+from memos_engine.decoder.adapter_record import made as checked
 from memos_engine.decoder.adapters import AdapterBinding
 from memos_engine.decoder.engine import DecoderEngine
 from memos_engine.decoder.sequence import Sequence, TextSpan
 from memos_engine.decoder.weights import Weights
+from memos_engine.memory.vault import MemVault
 
 RANK, PARTS = 16, ("gate", "up", "down")
-_PEFT = {name: f"mlp.{name}_proj" for name in PARTS}
+_PEFT = {n: f"{'self_attn' if n in 'qkvo' else 'mlp'}.{n}_proj" for n in PROJECTIONS}
 Row = dict[str, Any]
 
 
@@ -61,11 +65,11 @@ def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
     return document.finish()
 
 
-def _adapter(weights: Weights, seed: int) -> Adapter:
+def _adapter(weights: Weights, seed: int, names: tuple[str, ...] = PARTS) -> Adapter:
     make = torch.Generator().manual_seed(seed)
     modules = {}
     for layer, parts in enumerate(weights.layers):
-        for name in PARTS:
+        for name in names:
             outputs, inputs = getattr(parts, name).shape
             a, b = (torch.randn(s, generator=make) * 0.02 for s in ((RANK, inputs), (outputs, RANK)))
             modules[layer, name] = LowRank(a.to(weights.dtype), b.to(weights.dtype), 1.0)
@@ -74,8 +78,8 @@ def _adapter(weights: Weights, seed: int) -> Adapter:
 
 def _decode(options: Options, target: Target, weights: Weights, context: int, batch: int) -> list[Row]:
     rounds = options.rounds(200, 8)
-    target.window(context + rounds + 16)
-    pool = 2 * batch * (context + rounds + 64)
+    target.window(context + 2 * rounds + 16)
+    pool = 3 * batch * (context + 2 * rounds + 64)
     config = DecoderConfig(dtype=options.resolved_dtype, pool_tokens=pool, max_batch=max(32, batch))
     engine = DecoderEngine(target.spec, weights, config)
     adapters = [_adapter(weights, i) for i in range(batch)]
@@ -83,6 +87,12 @@ def _decode(options: Options, target: Target, weights: Weights, context: int, ba
         "none": _ours(engine, context, [None] * batch),
         "distinct": _ours(engine, context, [AdapterBinding(a) for a in adapters]),
     }
+    users = {"none": 0, "distinct": batch}
+    if batch > 1:
+        steps["one_of_batch"] = _ours(engine, context, [AdapterBinding(adapters[0]), *[None] * (batch - 1)])
+        users["one_of_batch"] = 1
+    steps["none_again"] = steps["none"]  # the same rows, with adapters resident: what the clock itself says
+    users["none_again"] = 0
     if batch == 1 and _wanted(options):
         steps |= _peft_steps(target, weights, adapters[0], context)
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -93,18 +103,19 @@ def _decode(options: Options, target: Target, weights: Weights, context: int, ba
             times[name].append((time.perf_counter() - start) * 1e3)
     middle = {name: statistics.median(seen[3:]) for name, seen in times.items()}
     gb_per_s = max(float(row["value"]) for row in _read("cpu", 0.3))
-    nbytes = sum(adapter.nbytes for adapter in adapters)
+    nbytes = adapters[0].nbytes
     common = {"mode": "decode", "context": context, "batch": batch, "rank": RANK, "targets": "mlp"}
     common |= {"dtype": options.resolved_dtype, "scope": "engine", "reuse": "none", "n": rounds}
     rows: list[Row] = []
     for name, value in middle.items():
-        ours = name in ("none", "distinct")
+        ours = name in users
         base = middle["none" if ours else "peft_none"]
         row = {**common, "system": OURS if ours else "peft", "adapters": 0, "variant": name}
         row |= {"ms_per_token_p50": round(value, 4), "overhead": round(value / base, 4)}
-        if name not in ("none", "peft_none", "peft_merged"):
-            bound = nbytes / gb_per_s / 1e6
-            row |= {"adapters": batch if ours else 1, "extra_ms": round(value - base, 4)}
+        count = users.get(name, int(name == "peft_unmerged"))
+        if count:
+            bound = count * nbytes / gb_per_s / 1e6
+            row |= {"adapters": count, "extra_ms": round(value - base, 4)}
             row |= {"byte_bound_ms": round(bound, 4), "byte_bound": round((value - base) / bound, 3)}
         rows.append(row)
     return rows
@@ -140,8 +151,9 @@ def _peft_model(target: Target, weights: Weights, adapter: Adapter) -> Any:
     config = transformers.AutoConfig.from_pretrained(target.folder)
     model = transformers.AutoModelForCausalLM.from_config(config).to(weights.dtype).eval()
     model.load_state_dict(dict(weights.tensors), strict=False)
+    names = sorted({name for _, name in adapter.modules})
     lora = peft.LoraConfig(
-        r=RANK, lora_alpha=RANK, target_modules=[f"{name}_proj" for name in PARTS], task_type="CAUSAL_LM"
+        r=RANK, lora_alpha=RANK, target_modules=[f"{n}_proj" for n in names], task_type="CAUSAL_LM"
     )
     made: Any = peft.get_peft_model(model, lora)
     layers = made.base_model.model.model.layers
@@ -188,24 +200,18 @@ def _peft_steps(
 def _swaps(options: Options, target: Target, weights: Weights) -> list[Row]:
     rounds = options.rounds(30, 3)
     engine = DecoderEngine(target.spec, weights, DecoderConfig(dtype=options.resolved_dtype))
-    slots, adapters = engine.adapters, [_adapter(weights, i) for i in range(2)]
-    common: Row = {"mode": "swap", "rank": RANK, "targets": "mlp", "dtype": options.resolved_dtype}
+    slots, adapters = engine.adapters, [_adapter(weights, i, PROJECTIONS) for i in range(2)]
+    common: Row = {"mode": "swap", "rank": RANK, "targets": "all", "dtype": options.resolved_dtype}
     common |= {"scope": "engine", "reuse": "none", "n": rounds, "mb": round(adapters[0].nbytes / 1e6, 2)}
     with tempfile.TemporaryDirectory() as made:
-        path = Path(made) / "adapter.safetensors"
-        save_file(
-            {f"{i}.{n}.{s}": getattr(m, s) for (i, n), m in adapters[0].modules.items() for s in "ab"}, path
-        )
+        vault = MemVault(Path(made) / "vault")
+        stored = checked(adapters[0].modules)
+        ref = vault.write(encode_adapter(stored))
         calls: dict[str, Callable[[], None]] = {}
 
         def cold() -> None:
-            tensors = load_file(path)
-            modules = {}
-            for key in adapters[0].modules:
-                name = f"{key[0]}.{key[1]}"
-                modules[key] = LowRank(tensors[f"{name}.a"], tensors[f"{name}.b"], 1.0)
-            slots.prefetch(Adapter("cold", modules))
-            slots.publish("cold")
+            slots.prefetch(decode_adapter(vault.read(ref), stored.digest))
+            slots.publish(stored.digest)
 
         def warm() -> None:
             slots.publish("warm")
@@ -220,7 +226,7 @@ def _swaps(options: Options, target: Target, weights: Weights) -> list[Row]:
                 start = time.perf_counter()
                 call()
                 times[name].append((time.perf_counter() - start) * 1e3)
-            slots.evict("cold")
+            slots.evict(stored.digest)
             slots.evict("warm")
     return [
         {

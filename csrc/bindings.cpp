@@ -222,6 +222,13 @@ void py_lora_pack(Address modules, Size count, int from, int to, int threads) {
     });
 }
 
+bool py_lora_copy(Address from, Address to, Size n, int from_dtype, int to_dtype, int threads) {
+    return unlocked([&] {
+        return lora_copy(at<void>(from), at<void>(to), n, static_cast<DType>(from_dtype),
+                         static_cast<DType>(to_dtype), threads);
+    });
+}
+
 int py_run_stack(const Stack& stack, Address hidden, Address out, Address rows, Address slot,
                  Address positions, Address query_start, Address block_table, Address seq_lens, Size tokens,
                  Size wanted, Size requests, Size max_blocks, Size table_stride, const LoraRows* lora,
@@ -262,6 +269,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("linear", &py_linear);
     m.def("lora_apply", &py_lora_apply);
     m.def("lora_pack", &py_lora_pack);
+    m.def("lora_copy", &py_lora_copy);
     py::class_<LoraRows>(m, "LoraRows").def(py::init(&lora_rows));
     py::class_<Stack>(m, "Stack")
         .def(py::init([](Address final_norm, int dtype, int norm_dtype, Size hidden, Size inner, Size heads,

@@ -90,6 +90,7 @@ struct Level {
     // out [tokens, outputs] += b mid, for a range of outputs that begins with a block.
     void (*lora_expand)(const LoraWork&, void* out, int64_t out_token, int64_t output, int64_t output_end);
     void (*lora_pack)(const LoraPack&, DType from, DType to, float* scratch);  // kLoraBlock * rank floats
+    bool (*lora_copy)(const void* from, void* to, int64_t n, DType from_dtype, DType to_dtype);
 };
 
 const Level* selected_level();

@@ -129,7 +129,40 @@ void packed(const LoraPack& m, float* scratch) {
     }
 }
 
+// Whether all that arrived is finite: what is not makes the sum of `0 * value` NaN.
+template <class S, class D>
+bool copied(const typename S::T* from, typename D::T* to, int64_t n) {
+    constexpr int64_t kPiece = 1024;
+    float piece[kPiece];
+    F seen = {};
+    for (int64_t i = 0; i < n; i += kPiece) {
+        const int64_t some = n - i < kPiece ? n - i : kPiece;
+        const int64_t whole = (some + kWidth - 1) / kWidth * kWidth;
+        widen<S>(piece, from + i, some, whole);
+        if (std::is_same<S, D>::value) {
+            std::memcpy(to + i, from + i, some * sizeof(typename D::T));  // its bits, whatever they are
+        } else {
+            narrow<D>(to + i, piece, some);
+            widen<D>(piece, to + i, some, whole);  // rounding may have made infinities
+        }
+        for (int64_t j = 0; j < whole; j += kWidth) seen += load(piece + j) * splat(0.0f);
+    }
+    return sum(seen) == 0.0f;
+}
+
 }  // namespace
+
+bool lora_copy(const void* from, void* to, int64_t n, DType from_dtype, DType to_dtype) {
+    bool finite = false;
+    with_dtype(from_dtype, [&](auto s) {
+        with_dtype(to_dtype, [&](auto d) {
+            typedef decltype(s) S;
+            typedef decltype(d) D;
+            finite = copied<S, D>((const typename S::T*)from, (typename D::T*)to, n);
+        });
+    });
+    return finite;
+}
 
 int64_t lora_scratch(const LoraWork& a) { return kGroup * (a.inputs + 32) * (int64_t)sizeof(float); }
 

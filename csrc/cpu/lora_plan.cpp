@@ -1,6 +1,7 @@
 #include "lora_plan.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "threads.h"
 
@@ -14,14 +15,15 @@ int64_t mid_row(const LoraWork& work) { return (work.part->rank + 15) / 16 * 16;
 }  // namespace
 
 void LoraStage::shrink(int64_t item, const void* x, const Level& level) const {
-    const Chunk& chunk = chunks_[(size_t)item];
-    LoraWork work = deltas_[(size_t)chunk.delta].work;
+    const LoraChunk& chunk = chunks_[item];
+    LoraWork work = deltas_[chunk.delta].work;
     work.x = x;
     level.lora_shrink(work, chunk.rank, chunk.rank_end, thread_scratch(level.lora_scratch(work)));
 }
 
 void LoraStage::fetch(int which, int64_t output) const {
-    for (const Delta& delta : deltas_) {
+    for (int64_t i = 0; i < count_; ++i) {
+        const LoraDelta& delta = deltas_[i];
         if (delta.which != which) continue;
         const int64_t size = delta.work.part->rank * size_of(delta.work.dtype);
         const char* b = (const char*)delta.work.part->b + output * size;
@@ -31,8 +33,9 @@ void LoraStage::fetch(int which, int64_t output) const {
 
 void LoraStage::expand(int which, void* out, int64_t out_token, int64_t output, int64_t output_end,
                        const Level& level) const {
-    for (const Delta& delta : deltas_)
-        if (delta.which == which) level.lora_expand(delta.work, out, out_token, output, output_end);
+    for (int64_t i = 0; i < count_; ++i)
+        if (deltas_[i].which == which)
+            level.lora_expand(deltas_[i].work, out, out_token, output, output_end);
 }
 
 Status LoraPlan::check(const LoraRows& rows, int64_t tokens) {
@@ -47,46 +50,62 @@ Status LoraPlan::check(const LoraRows& rows, int64_t tokens) {
     return Status::ok;
 }
 
-void LoraPlan::make(LoraStage& stage, const LoraRows& rows, int64_t layer, const int* parts, int count,
-                    DType dtype, int64_t inputs, int64_t x_token) {
+void LoraPlan::clear() {
+    deltas_.clear(), chunks_.clear(), ends_.clear();
+    floats_ = 0;
+}
+
+void LoraPlan::add(const LoraRows& rows, int64_t layer, const int* parts, int count, DType dtype,
+                   int64_t inputs, int64_t x_token) {
+    const size_t first = deltas_.size();
+    int64_t floats = 0;
     for (int which = 0; which < count; ++which) {
         for (int64_t i = 0; i < rows.segments; ++i) {
-            const int64_t first = rows.start[i], size = rows.start[i + 1] - first;
+            const int64_t begin = rows.start[i], size = rows.start[i + 1] - begin;
             const LoraPart* slot = rows.slot[i] < 0 || size == 0 ? nullptr : rows.slots[rows.slot[i]];
             if (!slot) continue;
             const LoraPart* part = slot + layer * kLoraParts + parts[which];
             if (part->rank <= 0) continue;
-            const int32_t delta = (int32_t)stage.deltas_.size();
-            stage.deltas_.push_back(
-                {{part, nullptr, dtype, inputs, x_token, rows.order + first, size, rows.scale[i], nullptr, 0},
-                 which});
+            const int32_t delta = (int32_t)(deltas_.size() - first);
+            LoraWork work = {part, nullptr, dtype, inputs, x_token, rows.order + begin, size, rows.scale[i],
+                             nullptr, 0};
+            work.mid_row = mid_row(work);
+            floats += size * work.mid_row;
+            deltas_.push_back({work, which});
             for (int32_t rank = 0; rank < part->rank; rank += kRanks)
-                stage.chunks_.push_back({delta, rank, std::min(part->rank, rank + kRanks)});
+                chunks_.push_back({delta, rank, std::min(part->rank, rank + kRanks)});
+        }
+    }
+    ends_.push_back({deltas_.size(), chunks_.size()});
+    floats_ = std::max(floats_, floats);
+}
+
+void LoraPlan::place(float* mid) {
+    size_t at = 0;
+    for (const End& end : ends_) {
+        for (float* to = mid; at < end.deltas; ++at) {
+            LoraWork& work = deltas_[at].work;
+            work.mid = to;
+            to += work.count * work.mid_row;
         }
     }
 }
 
-int64_t LoraPlan::floats(const LoraStage& stage) {
-    int64_t total = 0;
-    for (const LoraStage::Delta& delta : stage.deltas_) total += delta.work.count * mid_row(delta.work);
-    return total;
-}
-
-void LoraPlan::place(LoraStage& stage, float* mid) {
-    for (LoraStage::Delta& delta : stage.deltas_) {
-        delta.work.mid = mid, delta.work.mid_row = mid_row(delta.work);
-        mid += delta.work.count * delta.work.mid_row;
-    }
+LoraStage LoraPlan::stage(size_t index) const {
+    const End first = index ? ends_[index - 1] : End{0, 0}, end = ends_[index];
+    return {deltas_.data() + first.deltas, chunks_.data() + first.chunks,
+            (int64_t)(end.deltas - first.deltas), (int64_t)(end.chunks - first.chunks)};
 }
 
 Status lora_apply(const Lora& a, int threads) {
     if (a.rows.layers > 0 && (a.layer < 0 || a.layer >= a.rows.layers)) return Status::bad_lora_rows;
     if (const Status status = LoraPlan::check(a.rows, a.tokens); status != Status::ok) return status;
-    LoraStage stage;
-    LoraPlan::make(stage, a.rows, a.layer, a.part, a.parts, a.dtype, a.inputs, a.x_token);
+    LoraPlan plan;
+    plan.add(a.rows, a.layer, a.part, a.parts, a.dtype, a.inputs, a.x_token);
+    const LoraStage stage = plan.stage(0);
     if (stage.empty()) return Status::ok;
-    std::vector<float> mid((size_t)LoraPlan::floats(stage));
-    LoraPlan::place(stage, mid.data());
+    std::vector<float> mid((size_t)plan.floats());
+    plan.place(mid.data());
     const Level& level = *selected_level();
     parallel(stage.shrinks(), threads, [&](int64_t item) { stage.shrink(item, a.x, level); });
     constexpr int64_t kOutputs = 4 * kLoraBlock;  // of one item
@@ -99,6 +118,19 @@ Status lora_apply(const Lora& a, int threads) {
         stage.expand(p, a.out[p], a.out_token[p], begin, end, level);
     });
     return Status::ok;
+}
+
+bool lora_copy(const void* from, void* to, int64_t n, DType from_dtype, DType to_dtype, int threads) {
+    const Level& level = *selected_level();
+    constexpr int64_t kNumbers = 1 << 16;  // of one item
+    std::atomic<bool> finite{true};
+    parallel((n + kNumbers - 1) / kNumbers, threads, [&](int64_t item) {
+        const int64_t begin = item * kNumbers, some = std::min(kNumbers, n - begin);
+        const char* source = (const char*)from + begin * size_of(from_dtype);
+        if (!level.lora_copy(source, (char*)to + begin * size_of(to_dtype), some, from_dtype, to_dtype))
+            finite.store(false, std::memory_order_relaxed);
+    });
+    return finite.load();
 }
 
 void lora_pack(const LoraPack* modules, int64_t count, DType from, DType to, int threads) {

@@ -7,16 +7,23 @@
 
 namespace memos_engine {
 
-// The deltas of projections that share their input, for one forward.
+struct LoraDelta {
+    LoraWork work;
+    int which;  // of the projections of its stage
+};
+
+struct LoraChunk {
+    int32_t delta, rank, rank_end;
+};
+
+// The deltas of projections that share their input, for one forward; a view into a plan.
 class LoraStage {
   public:
-    struct Delta {
-        LoraWork work;
-        int which;  // of the projections
-    };
+    LoraStage(const LoraDelta* deltas, const LoraChunk* chunks, int64_t count, int64_t shrinks)
+        : deltas_(deltas), chunks_(chunks), count_(count), shrinks_(shrinks) {}
 
-    bool empty() const { return deltas_.empty(); }
-    int64_t shrinks() const { return (int64_t)chunks_.size(); }
+    bool empty() const { return count_ == 0; }
+    int64_t shrinks() const { return shrinks_; }
 
     // x is the same for all; whoever calls it decides whose copy.
     void shrink(int64_t item, const void* x, const Level& level) const;
@@ -26,22 +33,32 @@ class LoraStage {
                 const Level& level) const;
 
   private:
-    friend class LoraPlan;
-    struct Chunk {
-        int32_t delta, rank, rank_end;
-    };
-    std::vector<Delta> deltas_;
-    std::vector<Chunk> chunks_;
+    const LoraDelta* deltas_;
+    const LoraChunk* chunks_;
+    int64_t count_, shrinks_;
 };
 
+// Stages one after the other. Kept from step to step, it allocates nothing.
 class LoraPlan {
   public:
     static Status check(const LoraRows& rows, int64_t tokens);
-    // The deltas that the rows have for projections `parts` (0 ... kLoraParts - 1) of a layer.
-    static void make(LoraStage& stage, const LoraRows& rows, int64_t layer, const int* parts, int count,
-                     DType dtype, int64_t inputs, int64_t x_token);
-    static int64_t floats(const LoraStage& stage);  // of `mid`, for all deltas of a stage
-    static void place(LoraStage& stage, float* mid);
+
+    void clear();
+    // A stage: the deltas that the rows have for projections `parts` (0 ... kLoraParts - 1) of a layer.
+    void add(const LoraRows& rows, int64_t layer, const int* parts, int count, DType dtype, int64_t inputs,
+             int64_t x_token);
+    int64_t floats() const { return floats_; }  // of `mid`, which stages use in turn
+    void place(float* mid);
+    LoraStage stage(size_t index) const;
+
+  private:
+    struct End {
+        size_t deltas, chunks;
+    };
+    std::vector<LoraDelta> deltas_;
+    std::vector<LoraChunk> chunks_;
+    std::vector<End> ends_;
+    int64_t floats_ = 0;
 };
 
 }  // namespace memos_engine

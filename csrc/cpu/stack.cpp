@@ -65,20 +65,19 @@ class Forward {
 
     void prepare_lora() {
         const size_t count = s_.layers.size() * kLoraGroups;
-        lora_.resize(count), shrunk_ = std::vector<std::atomic<int64_t>>(count);
-        int64_t floats = 0;
+        shrunk_ = std::vector<std::atomic<int64_t>>(count);
+        plan_.clear();
         for (size_t i = 0; i < count; ++i) {
             const int group = (int)(i % kLoraGroups);
             const int64_t q = s_.heads * s_.head_dim;
             const int64_t inputs = group == 1 ? q : group == 3 ? s_.inner : s_.hidden;
             int parts[3];
             for (int p = 0; p < kGroupSize[group]; ++p) parts[p] = kGroupFirst[group] + p;
-            LoraPlan::make(lora_[i], c_.lora, (int64_t)i / kLoraGroups, parts, kGroupSize[group], s_.dtype,
-                           inputs, inputs);
-            floats = std::max(floats, LoraPlan::floats(lora_[i]));
+            plan_.add(c_.lora, (int64_t)i / kLoraGroups, parts, kGroupSize[group], s_.dtype, inputs, inputs);
         }
-        float* mid = (float*)mid_.claim(floats * (int64_t)sizeof(float));
-        for (LoraStage& stage : lora_) LoraPlan::place(stage, mid);
+        plan_.place((float*)mid_.claim(plan_.floats() * (int64_t)sizeof(float)));
+        lora_.reserve(count);
+        for (size_t i = 0; i < count; ++i) lora_.push_back(plan_.stage(i));
     }
 
     int64_t stages() const { return kStagesOfLayer * (int64_t)s_.layers.size() + 1 + (int64_t)lora_.size(); }
@@ -341,11 +340,13 @@ class Forward {
     char *q_ = nullptr, *attended_ = nullptr, *k_ = nullptr, *v_ = nullptr, *x_ = nullptr, *y_ = nullptr;
     char *gate_ = nullptr, *up_ = nullptr, *act_ = nullptr;
     std::map<int64_t, Planned> plans_;  // by window
-    std::vector<LoraStage> lora_;       // kLoraGroups a layer; none where no row has an adapter
+    static thread_local LoraPlan plan_;  // of whoever calls; kept, so that a step allocates next to nothing
+    std::vector<LoraStage> lora_;        // kLoraGroups a layer; none where no row has an adapter
     std::vector<std::atomic<int64_t>> shrunk_;
 };
 
 thread_local Forward::Buffer Forward::shared_, Forward::own_x_, Forward::packed_, Forward::mid_;
+thread_local LoraPlan Forward::plan_;
 
 }  // namespace
 

@@ -27,6 +27,7 @@ int64_t lora_scratch(const LoraWork&);
 void lora_shrink(const LoraWork&, int64_t, int64_t, void*);
 void lora_expand(const LoraWork&, void*, int64_t, int64_t, int64_t);
 void lora_pack(const LoraPack&, DType, DType, float*);
+bool lora_copy(const void*, void*, int64_t, DType, DType);
 
 extern const Level level;
 const Level level = {
@@ -34,6 +35,7 @@ const Level level = {
     probe_scratch, probe_pack,       probe,           write_kv,          rope,
     rms_norm,      silu_mul,         add_rows,        linear_scratch,    linear_pack,
     linear,        lora_scratch,     lora_shrink,     lora_expand,       lora_pack,
+    lora_copy,
 };
 
 }  // namespace ME_LEVEL

@@ -1,7 +1,8 @@
 """An adapter as one payload file, named by its content; and adapters joined by rank.
 
-The file is safetensors with a header of our own; its digest covers modules, shapes, dtypes, scales and
-numbers, and no name.
+The file is safetensors with a header of our own and one flat tensor for each dtype, which holds the matrices
+as a slot does (`ops.lora.LoraLayout`): loading is one read, one checksum and one copy. The digest covers
+modules, shapes, dtypes, scales and numbers as PEFT has them, and no name.
 """
 
 from __future__ import annotations
@@ -10,18 +11,23 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from memos_engine.decoder.adapter import PROJECTIONS, Adapter, LowRank
-from memos_engine.decoder.safefile import parse, strict_json
+from memos_engine.decoder.adapter import PROJECTIONS, Adapter, LowRank, PackedModules
+from memos_engine.decoder.safefile import DTYPES, parse, strict_json
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.decoder.weights import Weights
 from memos_engine.errors import AdapterError
+from memos_engine.ops.lora import PARTS, LoraLayout, place
 
-FORMAT, FORMAT_VERSION = "memos_engine.adapter", 1
+FORMAT, FORMAT_VERSION = "memos_engine.adapter", 2
+_DOMAIN = b"memos_engine.adapter.1"  # of digests, whatever the file's format is
+_MOST = 1 << 20  # of any size in a header
 _SAMPLE = 256
 Modules = Mapping[tuple[int, str], LowRank]
 
@@ -87,7 +93,7 @@ def made(modules: Modules) -> Adapter:
 
 def content_digest(modules: Modules) -> str:
     """SHA-256 (hex) over modules, dtypes, shapes, scales and numbers, each with its length in front."""
-    total = hashlib.sha256(f"{FORMAT}.{FORMAT_VERSION}".encode())
+    total = hashlib.sha256(_DOMAIN)
     for layer, name in sorted(modules):
         module = modules[layer, name]
         shapes = [list(module.a.shape), list(module.b.shape)]
@@ -100,16 +106,26 @@ def content_digest(modules: Modules) -> str:
 
 def encode_adapter(adapter: Adapter) -> bytes:
     """The payload file of an adapter that `made` has checked."""
-    tensors = {
-        f"{layer}.{name}.{side}": getattr(module, side).contiguous().cpu()
-        for (layer, name), module in adapter.modules.items()
-        for side in ("a", "b")
-    }
+    tensors: dict[str, Tensor] = {}
+    rows = []
+    for kind, dtype in DTYPES.items():
+        some = {
+            key: (m.a.cpu(), m.b.cpu(), m.scale)
+            for key, m in sorted(adapter.modules.items())
+            if m.a.dtype == dtype
+        }
+        if not some:
+            continue
+        layout = LoraLayout.of(some)
+        tensors[kind] = torch.zeros(layout.size, dtype=dtype)
+        place(some, layout, tensors[kind])
+        for (layer, part, *sizes), (_, _, scale) in zip(layout.modules.tolist(), some.values(), strict=True):
+            rows.append([kind, layer, PARTS[part], *sizes, scale])
     header = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "digest": adapter.digest,
-        "scales": {f"{layer}.{name}": m.scale for (layer, name), m in adapter.modules.items()},
+        "modules": rows,  # dtype, layer, projection, rank, inputs, outputs, scale
     }
     data: bytes = save(tensors, metadata={"memos_engine": json.dumps(header)})
     return data
@@ -130,17 +146,32 @@ def decode_adapter(data: memoryview, digest: str, *, whole: bool = False) -> Ada
     if header.get("digest") != digest:
         raise AdapterError("the stored adapter is another one than the store says; import it again.")
     try:
-        modules = {}
-        for name, scale in header["scales"].items():
-            layer, projection = name.split(".")
-            modules[int(layer), projection] = LowRank(
-                tensors[f"{name}.a"], tensors[f"{name}.b"], float(scale)
-            )
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        parts = [_packed(kind, flat, header["modules"]) for kind, flat in tensors.items()]
+        if sum(map(len, parts)) != len(header["modules"]) or not parts:
+            raise ValueError("modules without numbers")
+    except (KeyError, ValueError, TypeError, IndexError) as error:
         raise AdapterError(f"the stored adapter is damaged ({error}); import it again.") from error
-    if whole and content_digest(modules) != digest:
+    modules: Modules = parts[0]
+    if len(parts) > 1:
+        modules = {key: part[key] for part in parts for key in part}
+    adapter = Adapter(digest, modules)
+    if whole and (content_digest(modules) != digest or encode_adapter(adapter) != data):
         raise AdapterError("the stored adapter's content is not that of its digest; import it again.")
-    return Adapter(digest, modules)
+    return adapter
+
+
+def _packed(kind: str, flat: Tensor, rows: Sequence[Sequence[Any]]) -> PackedModules:
+    """The modules whose numbers `flat` holds. Raises ValueError and the like for what does not fit it."""
+    mine = [row for row in rows if row[0] == kind]
+    sizes = [(layer, PARTS.index(part), *rest) for _, layer, part, *rest, _ in mine]
+    modules = np.asarray(sizes, dtype=np.int64).reshape(len(mine), 5)
+    scales = np.asarray([row[-1] for row in mine], dtype=np.float32)
+    layout = LoraLayout(modules, scales)
+    if (modules < (0, 0, 1, 1, 1)).any() or (modules > _MOST).any() or not np.isfinite(scales).all():
+        raise ValueError("sizes or scales that cannot be")
+    if len(layout.keys) != len(modules) or flat.dim() != 1 or layout.size != flat.numel():
+        raise ValueError("modules that are not those of its numbers")
+    return PackedModules(layout, flat)
 
 
 def concatenated(adapters: Sequence[Adapter], scales: Sequence[float]) -> Adapter:

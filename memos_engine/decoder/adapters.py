@@ -13,13 +13,13 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
-from memos_engine.decoder.adapter import PROJECTIONS, Adapter
+from memos_engine.decoder.adapter import PROJECTIONS, Adapter, PackedModules
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.decoder.weights import Weights
 from memos_engine.errors import AdapterError, AdapterInUseError, MemoryInputError
-from memos_engine.ops.lora import LoraFill, LoraTable, pack, packed_size
+from memos_engine.ops.lora import PARTS, LoraFill, LoraLayout, LoraTable, all_finite, fill_from, pack
 
 if TYPE_CHECKING:
     from memos_engine.decoder.sequence import Sequence
@@ -82,6 +82,7 @@ class AdapterSlots:
         self.dtype, self.device = weights.dtype, weights.device
         self.table = LoraTable(slots, spec.num_layers, max_rank, self.device)
         self._shapes = {name: tuple(getattr(weights.layers[0], name).shape) for name in PROJECTIONS}
+        self._sizes = np.asarray([self._shapes[name] for name in PARTS], dtype=np.int64)
         self._resident: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
         self._lock = threading.RLock()
 
@@ -105,13 +106,17 @@ class AdapterSlots:
                 self._resident.move_to_end(adapter.digest)
                 return
             self._require_fitting(adapter)
-            shapes = {key: (tuple(m.a.shape), tuple(m.b.shape)) for key, m in adapter.modules.items()}
-            size = packed_size(shapes, self.dtype) * self.dtype.itemsize
-            self._make_room(size + self.spec.num_layers * len(PROJECTIONS) * 24)
-            modules = {key: (m.a.detach(), m.b.detach(), m.scale) for key, m in adapter.modules.items()}
-            fill = pack(modules, self.spec.num_layers, self.dtype, self.device)
-            # One sum reads all; only a sum that overflows needs the closer look.
-            if not fill.buffer.sum(dtype=torch.float32).isfinite() and not fill.buffer.isfinite().all():
+            modules = adapter.modules
+            fill: LoraFill | None
+            if isinstance(modules, PackedModules):
+                self._make_room(self._bytes_of(modules.layout))
+                fill = fill_from(modules.layout, modules.flat, self.spec.num_layers, self.dtype, self.device)
+            else:
+                deltas = {key: (m.a.detach(), m.b.detach(), m.scale) for key, m in modules.items()}
+                self._make_room(self._bytes_of(LoraLayout.of(deltas)))
+                fill = pack(deltas, self.spec.num_layers, self.dtype, self.device)
+                fill = fill if all_finite(fill.buffer) else None
+            if fill is None:
                 raise AdapterError(f"Adapter {adapter.digest[:12]} holds NaN or infinity.")
             self._resident[adapter.digest] = _Resident(fill)
 
@@ -208,7 +213,22 @@ class AdapterSlots:
                 )
             self.evict(idle.pop(0))
 
+    def _fits(self, layout: LoraLayout) -> bool:
+        layer, part, rank, inputs, outputs = layout.modules.T
+        sizes = self._sizes[part]
+        return bool(
+            (layer < self.spec.num_layers).all()
+            and (rank <= self.table.max_rank).all()
+            and (sizes[:, 0] == outputs).all()
+            and (sizes[:, 1] == inputs).all()
+        )
+
+    def _bytes_of(self, layout: LoraLayout) -> int:
+        return layout.size * self.dtype.itemsize + self.spec.num_layers * len(PROJECTIONS) * 24
+
     def _require_fitting(self, adapter: Adapter) -> None:
+        if isinstance(adapter.modules, PackedModules) and self._fits(adapter.modules.layout):
+            return  # all modules at once; the loop says what is wrong with which
         short = adapter.digest[:12]
         for (layer, name), module in adapter.modules.items():
             if name not in self._shapes or not 0 <= layer < self.spec.num_layers:

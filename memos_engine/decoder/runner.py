@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -28,6 +29,7 @@ class ModelRunner:
         self.graphs = graph_runner(model, cache, max_batch)
         self.device = model.weights.device
         self.adapters: LoraTable | None = None  # slots that requests' `slot` counts in
+        self._lora_kept: tuple[list[tuple[int, float, int, int]], LoraRows] | None = None
         self._arriving: list[tuple[Splice, Tensor]] = []  # with their slots; the next forward writes them
 
     def copy_pages(self, copies: list[tuple[int, int]]) -> None:
@@ -136,24 +138,32 @@ class ModelRunner:
         )
 
     def _lora(self, batch: Seq[Rows]) -> tuple[LoraTable, LoraRows] | None:
-        """Rows by adapter and scale, in segments; None where no row has one."""
-        groups: dict[tuple[int, float], list[int]] = {}
+        """Rows by adapter and scale, in segments; None where no row has one. Kept while the next steps have
+        the same: in decoding, until a request comes, ends, or passes its `active_from`."""
+        spans: list[tuple[int, float, int, int]] = []  # slot, scale, first and last row
         first = 0
         for seq, rows in batch:
-            if seq.adapter is not None and seq.slot >= 0:
-                active = [first + i for i, p in enumerate(rows) if p >= seq.adapter.active_from]
-                if active:
-                    groups.setdefault((seq.slot, seq.adapter.scale), []).extend(active)
+            if seq.adapter is not None and seq.slot >= 0 and rows[-1] >= seq.adapter.active_from:
+                active = first + bisect_left(rows, seq.adapter.active_from)  # rows ascend
+                spans.append((seq.slot, seq.adapter.scale, active, first + len(rows)))
             first += len(rows)
-        if not groups or self.adapters is None:
+        if not spans or self.adapters is None:
             return None
+        if self._lora_kept is None or self._lora_kept[0] != spans:
+            self._lora_kept = spans, self._lora_rows(spans)
+        return self.adapters, self._lora_kept[1]
+
+    def _lora_rows(self, spans: Seq[tuple[int, float, int, int]]) -> LoraRows:
+        groups: dict[tuple[int, float], list[int]] = {}
+        for slot, scale, begin, end in spans:
+            groups.setdefault((slot, scale), []).extend(range(begin, end))
         segments = [
             (slot, scale, rows[at : at + SEGMENT_ROWS])
             for (slot, scale), rows in groups.items()
             for at in range(0, len(rows), SEGMENT_ROWS)
         ]
         start = np.cumsum([0, *(len(rows) for _, _, rows in segments)])
-        return self.adapters, LoraRows(
+        return LoraRows(
             order=self._put(np.asarray([row for *_, rows in segments for row in rows], dtype=np.int32)),
             start=self._put(start.astype(np.int32)),
             slot=self._put(np.asarray([slot for slot, _, _ in segments], dtype=np.int32)),

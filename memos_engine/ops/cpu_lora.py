@@ -13,12 +13,14 @@ from memos_engine.ops.lora import PARTS, LoraRows, LoraTable
 
 
 def native_rows(table: LoraTable, rows: LoraRows) -> Any:
-    """The native view of both, which must outlive it."""
-    tensors = (table.pointers, rows.order, rows.start, rows.slot, rows.scale)
-    segments, slots = rows.slot.shape[0], table.pointers.shape[0]
-    return native.LoraRows(
-        [t.data_ptr() for t in tensors], segments, rows.order.shape[0], slots, table.layers
-    )
+    """The native view of both, which they must outlive; made once for the same rows."""
+    address = table.pointers.data_ptr()
+    found = rows.views.get(address)
+    if found is None:
+        tensors = (table.pointers, rows.order, rows.start, rows.slot, rows.scale)
+        sizes = rows.slot.shape[0], rows.order.shape[0], table.pointers.shape[0], table.layers
+        found = rows.views[address] = native.LoraRows([t.data_ptr() for t in tensors], *sizes)
+    return found
 
 
 def lora_apply(

@@ -7,8 +7,10 @@ adapter is one write, and a captured graph, which reads the pointer when it runs
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ PARTS = ("q", "k", "v", "o", "gate", "up", "down")
 BLOCK = 32  # outputs of b that lie together
 SEGMENT_ROWS = 16  # most rows of one segment
 _WORDS = 3  # of a descriptor: address of a, address of b, rank and scale
-_ALIGN = 64  # bytes
+_STEP = 32  # elements that matrices begin at multiples of, whatever their dtype
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,81 @@ class LoraDelta:
 
 
 @dataclass(frozen=True)
-class LoraFill:
-    """An adapter ready for a slot. deltas: by layer and part. words `[layers, 7, 3] int64`: the same for
-    kernels. buffer: holds all deltas, one after the other."""
+class LoraLayout:
+    """Where deltas lie in one flat tensor, one after the other, a before b; the same in every dtype.
 
-    deltas: Mapping[tuple[int, str], LoraDelta]
+    modules `[n, 5] int64`: layer, index in `PARTS`, rank, inputs, outputs. scales `[n] float32`.
+    """
+
+    modules: np.ndarray
+    scales: np.ndarray
+
+    @classmethod
+    def of(cls, modules: Mapping[tuple[int, str], tuple[Tensor, Tensor, float]]) -> LoraLayout:
+        """Of deltas `(a [rank, in], b [out, rank], scale)`."""
+        rows = [(k[0], PARTS.index(k[1]), *a.shape, b.shape[0]) for k, (a, b, _) in modules.items()]
+        scales = np.asarray([scale for *_, scale in modules.values()], dtype=np.float32)
+        return cls(np.asarray(rows, dtype=np.int64).reshape(-1, 5), scales)
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """`[n, 2] int64`, in elements: where each a and b begin."""
+        _, _, rank, inputs, outputs = self.modules.T
+        counts = np.stack([rank * inputs, -(-outputs // BLOCK) * rank * BLOCK], axis=1)
+        ends = np.cumsum(-(-counts // _STEP) * _STEP)
+        return np.concatenate([[0], ends])[:-1].reshape(-1, 2)
+
+    @cached_property
+    def size(self) -> int:
+        """Elements of all."""
+        if not len(self.modules):
+            return 0
+        rank, outputs = int(self.modules[-1, 2]), int(self.modules[-1, 4])
+        return int(self.offsets[-1, 1]) + -(-outputs // BLOCK) * rank * BLOCK
+
+    @cached_property
+    def keys(self) -> dict[tuple[int, str], int]:
+        """Row of `modules` by layer and part."""
+        return {(layer, PARTS[part]): i for i, (layer, part) in enumerate(self.modules[:, :2].tolist())}
+
+    def delta(self, flat: Tensor, row: int) -> LoraDelta:
+        """Views of one delta."""
+        _, _, rank, inputs, outputs = self.modules[row].tolist()
+        to_a, to_b = self.offsets[row].tolist()
+        blocks = -(-outputs // BLOCK)
+        return LoraDelta(
+            flat[to_a : to_a + rank * inputs].view(rank, inputs),
+            flat[to_b : to_b + blocks * rank * BLOCK].view(blocks, rank, BLOCK),
+            outputs,
+            float(self.scales[row]),
+        )
+
+    def words(self, flat: Tensor, layers: int) -> Tensor:
+        """Descriptors `[layers, 7, 3] int64` of deltas in `flat`, on its device."""
+        words = np.zeros((layers, len(PARTS), _WORDS), dtype=np.int64)
+        low = words.view(np.int32)  # little-endian: rank, then scale
+        layer, part, rank = self.modules[:, 0], self.modules[:, 1], self.modules[:, 2]
+        words[layer, part, :2] = self.offsets * flat.element_size() + flat.data_ptr()
+        low[layer, part, 4], low[layer, part, 5] = rank, self.scales.view(np.int32)
+        return torch.from_numpy(words).to(flat.device)
+
+
+@dataclass(frozen=True)
+class LoraFill:
+    """An adapter ready for a slot. words `[layers, 7, 3] int64`: descriptors. buffer: flat, all deltas."""
+
+    layout: LoraLayout
     words: Tensor
     buffer: Tensor
 
     @property
     def nbytes(self) -> int:
         return self.buffer.nbytes + self.words.nbytes
+
+    @cached_property
+    def deltas(self) -> Mapping[tuple[int, str], LoraDelta]:
+        """By layer and part; views of `buffer`."""
+        return {key: self.layout.delta(self.buffer, row) for key, row in self.layout.keys.items()}
 
 
 class LoraTable:
@@ -87,6 +153,7 @@ class LoraRows:
     start: Tensor
     slot: Tensor
     scale: Tensor
+    views: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)  # a backend's, by table
 
 
 def pack(
@@ -101,50 +168,51 @@ def pack(
     buffer: flat, of this dtype and device; a new one by default.
     """
     device = torch.device(device)
-    size = packed_size({key: (a.shape, b.shape) for key, (a, b, _) in modules.items()}, dtype)
+    layout = LoraLayout.of(modules)
     if buffer is None:
-        buffer = torch.zeros(size, dtype=dtype, device=device)  # gaps included: it can be summed
-    if buffer.numel() < size or buffer.dtype != dtype:
+        buffer = torch.zeros(layout.size, dtype=dtype, device=device)  # gaps included: it can be summed
+    if buffer.numel() < layout.size or buffer.dtype != dtype:
         raise KernelContractError(
-            f"An adapter of {size} elements does not fit its buffer of {buffer.numel()}."
+            f"An adapter of {layout.size} elements does not fit its buffer of {buffer.numel()}."
         )
-    step = _ALIGN // dtype.itemsize
-    words = np.zeros((layers, len(PARTS), _WORDS), dtype=np.int64)
-    low, base = words.view(np.int32), buffer.data_ptr()  # little-endian: rank, then scale
-    deltas: dict[tuple[int, str], LoraDelta] = {}
-    at = 0
-    for (layer, part), (a, b, scale) in modules.items():
-        (rank, inputs), outputs = a.shape, b.shape[0]
-        blocks = -(-outputs // BLOCK)
-        end = at + rank * inputs
-        to_b = -(-end // step) * step
-        end_b = to_b + blocks * rank * BLOCK
-        delta = LoraDelta(
-            buffer[at:end].view(rank, inputs), buffer[to_b:end_b].view(blocks, rank, BLOCK), outputs, scale
-        )
-        deltas[layer, part] = delta
-        index = PARTS.index(part)
-        words[layer, index, :2] = base + at * dtype.itemsize, base + to_b * dtype.itemsize
-        low[layer, index, 4] = rank
-        low[layer, index, 5] = np.float32(scale).view(np.int32)
-        at = -(-end_b // step) * step
-    if not _pack_native(modules, deltas, dtype, device):
-        for key, (a, b, _) in modules.items():
-            deltas[key].a.copy_(a)
-            deltas[key].b.copy_(_blocked(b))
-    return LoraFill(deltas, torch.from_numpy(words).to(device), buffer)
+    fill = LoraFill(layout, layout.words(buffer, layers), buffer)
+    if not _pack_native(modules, fill, dtype, device):
+        place(modules, layout, buffer)
+    return fill
 
 
-def packed_size(
-    shapes: Mapping[tuple[int, str], tuple[Sequence[int], Sequence[int]]], dtype: torch.dtype
-) -> int:
-    """Elements that `pack` needs for these shapes of a and b."""
-    step = _ALIGN // dtype.itemsize
-    total = 0
-    for (rank, inputs), (outputs, _) in shapes.values():
-        for count in (rank * inputs, -(-outputs // BLOCK) * rank * BLOCK):
-            total += -(-count // step) * step
-    return total
+def place(
+    modules: Mapping[tuple[int, str], tuple[Tensor, Tensor, float]], layout: LoraLayout, flat: Tensor
+) -> None:
+    """Copies deltas to their places; gaps stay as they are."""
+    for row, (a, b, _) in enumerate(modules.values()):
+        delta = layout.delta(flat, row)
+        delta.a.copy_(a)
+        delta.b.copy_(_blocked(b))
+
+
+def fill_from(
+    layout: LoraLayout, flat: Tensor, layers: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> LoraFill | None:
+    """A slot's content from deltas that lie as `layout` says already: one copy. None where a number is NaN
+    or infinite, or becomes so in `dtype`; the copy is zeroed then."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        # numpy asks for huge pages, which is most of the time that fresh memory takes.
+        raw = np.empty(layout.size * dtype.itemsize + 64, dtype=np.uint8)
+        begin = -raw.ctypes.data % 64
+        buffer = torch.from_numpy(raw[begin : begin + layout.size * dtype.itemsize]).view(dtype)
+    else:
+        buffer = torch.empty(layout.size, dtype=dtype, device=device)
+    if not _copied(flat[: layout.size], buffer):
+        buffer.zero_()
+        return None
+    return LoraFill(layout, layout.words(buffer, layers), buffer)
+
+
+def all_finite(flat: Tensor) -> bool:
+    """One sum reads all; only a sum that overflows needs the closer look."""
+    return bool(flat.sum(dtype=torch.float32).isfinite() or flat.isfinite().all())
 
 
 def unblocked(delta: LoraDelta) -> Tensor:
@@ -160,29 +228,44 @@ def _blocked(b: Tensor) -> Tensor:
 
 def _pack_native(
     modules: Mapping[tuple[int, str], tuple[Tensor, Tensor, float]],
-    deltas: Mapping[tuple[int, str], LoraDelta],
+    fill: LoraFill,
     dtype: torch.dtype,
     device: torch.device,
 ) -> bool:
     """Packs in one native call, where the tensors and the build allow it."""
-    from memos_engine.ops.backend import backend_for
-
     dtypes = {t.dtype for a, b, _ in modules.values() for t in (a, b)}
     plain = all(t.is_contiguous() and t.device.type == "cpu" for a, b, _ in modules.values() for t in (a, b))
-    if device.type != "cpu" or len(dtypes) != 1 or not plain or backend_for(device).NAME != "native":
+    source = dtypes.pop() if len(dtypes) == 1 else None
+    if not plain or source is None or not _native(device, source, dtype):
         return False
     from memos_engine.ops.cpu_native import DTYPES, native
 
-    source = dtypes.pop()
-    if source not in DTYPES or dtype not in DTYPES:
-        return False
     jobs = np.empty((len(modules), 7), dtype=np.int64)
-    for job, (key, (a, b, _)) in zip(jobs, modules.items(), strict=True):
-        to = deltas[key]
-        job[:] = (
-            *(a.data_ptr(), b.data_ptr(), to.a.data_ptr(), to.b.data_ptr()),
-            *(a.shape[0], a.shape[1], b.shape[0]),
-        )
+    jobs[:, :2] = [(a.data_ptr(), b.data_ptr()) for a, b, _ in modules.values()]
+    jobs[:, 2:4] = fill.layout.offsets * dtype.itemsize + fill.buffer.data_ptr()
+    jobs[:, 4:] = fill.layout.modules[:, 2:]
     threads = torch.get_num_threads()
     native.lora_pack(jobs.ctypes.data, len(jobs), DTYPES[source], DTYPES[dtype], threads)
     return True
+
+
+def _copied(source: Tensor, to: Tensor) -> bool:
+    """Copies and rounds; whether all that arrived is finite."""
+    if source.device.type == "cpu" and _native(to.device, source.dtype, to.dtype):
+        from memos_engine.ops.cpu_native import DTYPES, native
+
+        dtypes = DTYPES[source.dtype], DTYPES[to.dtype]
+        threads = torch.get_num_threads()
+        return bool(native.lora_copy(source.data_ptr(), to.data_ptr(), source.numel(), *dtypes, threads))
+    to.copy_(source)
+    return all_finite(to)
+
+
+def _native(device: torch.device, *dtypes: torch.dtype) -> bool:
+    from memos_engine.ops.backend import backend_for
+
+    if device.type != "cpu" or backend_for(device).NAME != "native":
+        return False
+    from memos_engine.ops.cpu_native import DTYPES
+
+    return all(dtype in DTYPES for dtype in dtypes)

@@ -182,6 +182,8 @@ void silu_mul(const SiluMul& args, int threads);
 Status linear(const Linear& args, int threads);
 Status lora_apply(const Lora& args, int threads);
 void lora_pack(const LoraPack* modules, int64_t count, DType from, DType to, int threads);
+// n numbers, rounded to another dtype; whether all that arrived is finite.
+bool lora_copy(const void* from, void* to, int64_t n, DType from_dtype, DType to_dtype, int threads);
 
 // Instruction set levels, worst first. `isa_name(i)` is null from the number of compiled levels on;
 // `isa_supported(i)` asks the processor and the operating system. Without a choice the best one is used.
