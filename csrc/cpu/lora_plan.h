@@ -1,6 +1,8 @@
 // Which deltas the rows of a call have, and their work in items. For the files compiled once.
 #pragma once
 
+#include <stddef.h>
+
 #include <vector>
 
 #include "level.h"
