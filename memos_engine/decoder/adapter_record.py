@@ -165,7 +165,8 @@ def _packed(kind: str, flat: Tensor, rows: Sequence[Sequence[Any]]) -> PackedMod
     mine = [row for row in rows if row[0] == kind]
     sizes = [(layer, PARTS.index(part), *rest) for _, layer, part, *rest, _ in mine]
     modules = np.asarray(sizes, dtype=np.int64).reshape(len(mine), 5)
-    scales = np.asarray([row[-1] for row in mine], dtype=np.float32)
+    with np.errstate(over="ignore"):  # what overflows is refused below
+        scales = np.asarray([row[-1] for row in mine], dtype=np.float32)
     layout = LoraLayout(modules, scales)
     if (modules < (0, 0, 1, 1, 1)).any() or (modules > _MOST).any() or not np.isfinite(scales).all():
         raise ValueError("sizes or scales that cannot be")
