@@ -184,6 +184,20 @@ class AdapterSlots:
             found.fill.buffer.zero_()
             found.fill.words.zero_()
 
+    def follow(self, weights: Weights) -> None:
+        """Other weights come: whatever no request uses is evicted, pinned or not. Raises AdapterInUseError,
+        and changes nothing, where what is in use would be read in another dtype."""
+        with self._lock:
+            used = [digest for digest, found in self._resident.items() if found.users]
+            if used and weights.dtype != self.dtype:
+                raise AdapterInUseError(
+                    f"{len(used)} adapter(s) are in use as {self.dtype}; weights that are {weights.dtype} have "
+                    "to wait for their requests, or abort them."
+                )
+            for digest in [d for d in self._resident if d not in used]:
+                self.evict(digest)
+            self.dtype = weights.dtype
+
     def _get(self, digest: str) -> _Resident:
         found = self._resident.get(digest)
         if found is None:

@@ -249,6 +249,7 @@ class DecoderEngine:
         """Exchanges the weights between two steps. Nothing made with the old ones is used again: requests
         under way and sessions go on as text, computed anew."""
         with self._lock:
+            self.adapters.follow(weights)
             self.runner.model.weights = weights
             self.pool.forget()
             self.batcher.as_text()

@@ -273,3 +273,23 @@ def test_threads_that_swap_disturb_no_request(parts):
         for thread in threads:
             thread.join()
     assert failures == []
+
+
+def test_other_weights_find_no_adapters_but_those_in_use(parts):
+    spec, weights = parts
+    engine = engine_for(parts)
+    used, idle = adapter(1), adapter(2)
+    seq = engine.add_request([TextSpan(PROMPT)], sampled=False, adapter=AdapterBinding(used))
+    engine.adapters.prefetch(idle)
+    engine.adapters.pin(idle.digest)
+    short = Weights({name: t.bfloat16() for name, t in weights.tensors.items()}, spec)
+    with pytest.raises(AdapterInUseError, match="have to wait"):
+        engine.use_weights(short)
+    assert set(engine.adapters.resident()) == {used.digest, idle.digest}
+    assert engine.runner.model.weights is weights
+    engine.use_weights(weights)
+    assert engine.adapters.resident() == [used.digest]
+    while seq.logits is None:
+        engine.step()
+    assert seq.error is None
+    engine.finish(seq)
