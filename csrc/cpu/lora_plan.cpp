@@ -34,8 +34,7 @@ void LoraStage::fetch(int which, int64_t output) const {
 void LoraStage::expand(int which, void* out, int64_t out_token, int64_t output, int64_t output_end,
                        const Level& level) const {
     for (int64_t i = 0; i < count_; ++i)
-        if (deltas_[i].which == which)
-            level.lora_expand(deltas_[i].work, out, out_token, output, output_end);
+        if (deltas_[i].which == which) level.lora_expand(deltas_[i].work, out, out_token, output, output_end);
 }
 
 Status LoraPlan::check(const LoraRows& rows, int64_t tokens) {
@@ -67,8 +66,8 @@ void LoraPlan::add(const LoraRows& rows, int64_t layer, const int* parts, int co
             const LoraPart* part = slot + layer * kLoraParts + parts[which];
             if (part->rank <= 0) continue;
             const int32_t delta = (int32_t)(deltas_.size() - first);
-            LoraWork work = {part, nullptr, dtype, inputs, x_token, rows.order + begin, size, rows.scale[i],
-                             nullptr, 0};
+            LoraWork work = {part, nullptr,       dtype,   inputs, x_token, rows.order + begin,
+                             size, rows.scale[i], nullptr, 0};
             work.mid_row = mid_row(work);
             floats += size * work.mid_row;
             deltas_.push_back({work, which});

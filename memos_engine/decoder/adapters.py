@@ -191,8 +191,8 @@ class AdapterSlots:
             used = [digest for digest, found in self._resident.items() if found.users]
             if used and weights.dtype != self.dtype:
                 raise AdapterInUseError(
-                    f"{len(used)} adapter(s) are in use as {self.dtype}; weights that are {weights.dtype} have "
-                    "to wait for their requests, or abort them."
+                    f"{len(used)} adapter(s) are in use as {self.dtype}; weights that are {weights.dtype} "
+                    "have to wait for their requests, or abort them."
                 )
             for digest in [d for d in self._resident if d not in used]:
                 self.evict(digest)
