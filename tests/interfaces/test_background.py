@@ -181,11 +181,12 @@ def test_it_begins_after_the_first_reply_and_ends_with_the_engine(started):
     thread = transformer._thread
     assert thread is not None
     used = [engine.store.get(alice.principal, one) for one in reply.forms]
-    for _ in range(1000):
+    for _ in range(4500):  # a job that failed once comes again after some seconds
         if all(stored(engine, alice, cube).whole for cube in used):
             break
         time.sleep(0.02)
-    assert all(stored(engine, alice, cube).whole for cube in used)
+    jobs = [(job.kind, job.state, job.reason) for job in engine.store.jobs(alice.principal)]
+    assert all(stored(engine, alice, cube).whole for cube in used), jobs
     assert set(alice.chat(QUESTION, SHORT).forms.values()) == {"kv"}
     engine.close()
     assert not thread.is_alive()

@@ -99,6 +99,7 @@ def test_what_goes_wrong_is_said(
     with pytest.raises(MemosEngineError, match="0 adapters"):
         run("show", "skill-1", "--user", "bob")
     payload = next((tmp_path / "store" / "vault").rglob("*.safetensors"))
-    payload.write_bytes(payload.read_bytes()[:-4] + b"\0\0\0\0")
+    data = payload.read_bytes()
+    payload.write_bytes(data[:-4] + bytes(byte ^ 0xFF for byte in data[-4:]))
     assert "damaged" in run("verify", code=1)
     assert run("verify", "--json", code=1)[0]["sound"] is False
