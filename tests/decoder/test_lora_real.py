@@ -40,7 +40,7 @@ def logits(engine, prompt, adapter):
     seq = engine.add_request([TextSpan(tuple(prompt))], sampled=False, adapter=binding)
     found = []
     for token in (7, None):
-        while seq.logits is None:
+        while seq.logits is None and seq.error is None:
             engine.step()
         assert seq.error is None
         found.append(seq.logits.clone())

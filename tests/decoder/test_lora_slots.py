@@ -58,8 +58,9 @@ def answer(engine, binding, steps=3):
     seq = engine.add_request([TextSpan(PROMPT)], sampled=False, adapter=binding)
     found = []
     for _ in range(steps):
-        while seq.logits is None:
+        while seq.logits is None and seq.error is None:
             engine.step()
+        assert seq.error is None, seq.error
         found.append(seq.logits.clone())
         engine.feed(seq, int(seq.logits.argmax()))
     engine.finish(seq)
@@ -289,7 +290,7 @@ def test_other_weights_find_no_adapters_but_those_in_use(parts):
     assert engine.runner.model.weights is weights
     engine.use_weights(weights)
     assert engine.adapters.resident() == [used.digest]
-    while seq.logits is None:
+    while seq.logits is None and seq.error is None:
         engine.step()
     assert seq.error is None
     engine.finish(seq)
