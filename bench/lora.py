@@ -2,8 +2,8 @@
 
 Adapters are random, of rank 16 on the MLP. Ours without, ours with (all requests with one of their own), ours
 with for one request of the batch alone, and the peers take turns, step by step. `byte_bound_ms` is the
-adapters' bytes over the read bandwidth measured in the same run: what reading them alone would take; `extra_ms` is the median over rounds of what a step takes
-more than the two without in its round. PEFT is
+adapters' bytes over the read bandwidth measured in the same run: what reading them alone would take;
+`extra_ms` is the median over rounds of what a step takes more than the two without in its round. PEFT is
 measured for one request, where it is installed. Swaps are of an adapter on all projections: `cold` reads it
 from the vault (checksum, checks, one copy) into a slot, `publish` puts one that is in memory into a slot.
 """
