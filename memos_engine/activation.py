@@ -146,7 +146,7 @@ class ActivationMemory:
                 records[form] = (identity, blob)
         if records:
             identity, blob = records.get(AVERAGED) or next(iter(records.values()))
-            tier = self.tiers.where(identity.digest())
+            tier = self.tiers.holds(identity.digest())
             return StoredKV(records, whole=len(records) == len(identities), tier=tier, nbytes=blob.size)
         if self.store.kv_identities(principal, cube.id):
             return StoredKV({}, "its stored KV belongs to another model, dtype, template or wording")

@@ -248,12 +248,10 @@ class MemoryEngine:
         session = None if chat is None else chat.pages
         again, by = self.preparer.recompute(prepared), self.preparer.start_by(prepared)
         salt = self.salt(prepared.principal)
-        bound: dict[str, Any] = {}
-        adapter = adapter or prepared.adapter
-        if adapter is not None:
-            bound["adapter"] = adapter.bound(sum(len(span.token_ids) for span in prepared.spans[:-1]))
+        use = adapter or prepared.adapter
+        bound = None if use is None else use.bound(sum(len(span.token_ids) for span in prepared.spans[:-1]))
         for out in self.decoder.generate(
-            prepared.spans, params, salt, session, recompute=again, start_by=by, **bound
+            prepared.spans, params, salt, session, recompute=again, start_by=by, adapter=bound
         ):
             seq = out.sequence
             if on_token is not None:
@@ -266,10 +264,6 @@ class MemoryEngine:
     def after_reply(self, prepared: Prepared) -> None:
         """Off the request's path: records use, builds the KV that memories lack, lets the canary look."""
         used = [segment.cube_id for segment in prepared.plan.segments]
-        if self.background is not None:
-            self.background.used(prepared.principal, prepared.plan)
-            if self.config.background and self.live is None:
-                self.background.start()
         if self.store is None or not (used or prepared.lacking):
             return
         try:
@@ -285,6 +279,10 @@ class MemoryEngine:
                 log.warning("memos_engine: the KV of memories was not stored: %s", error)
         if prepared.whole and self.activation is not None and self.canary.wants(prepared.spans):
             self._check(prepared, self.activation)
+        if self.background is not None:  # last: a look counts the uses that were recorded above
+            self.background.used(prepared.principal, prepared.plan)
+            if self.config.background and self.live is None:
+                self.background.start()
 
     def _costs(self) -> tuple[CostTable, dict[str, float]]:
         """What requests cost here: the table, and what measured requests make of it, by stage."""

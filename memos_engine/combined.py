@@ -85,13 +85,9 @@ def joined_head(
     Returns the plan that says so, the record for the first memory's place, and the other memories in it.
     Under a budget nothing is read from the disk for it. Any doubt means the parts.
     """
-    leading = []
-    for segment in plan.segments:
-        if segment.form != "kv":
-            break
-        leading.append(segment.cube_id)
+    leading = [cubes[one] for one in plan.leading("kv")]
     try:
-        ids, record = _longest(model, principal, [cubes[one] for one in leading], plan.budget_ms is None)
+        ids, record = _longest(model, principal, leading, plan.budget_ms is None)
     except (MemoryNotFoundError, StoreError, OSError) as error:
         log.debug("memos_engine: memories go in by themselves: %s", error)
         return plan, None, frozenset()

@@ -80,6 +80,11 @@ class Outlook:
         ids = [*around.head, *(token for text in leading for token in text)]
         return max(0, self.decoder.reusable(ids, around.root) - len(around.head))
 
+    def forget(self) -> None:
+        """Keeps nothing of any prompt."""
+        with self._lock:
+            self._orders.clear()
+
     def went(self, around: Surroundings, texts: Sequence[str]) -> None:
         """Takes note of memories that a request computed as text right behind its head, in this order."""
         if not texts or around.behind:

@@ -13,11 +13,12 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from memos_engine.decoder.adapter import Adapter
 from memos_engine.decoder.adapter_file import AdapterLimits, export_peft, import_peft
 from memos_engine.decoder.adapter_record import concatenated, decode_adapter, encode_adapter, model_print
+from memos_engine.decoder.adapters import AdapterBinding
 from memos_engine.decoder.engine import DecoderEngine
 from memos_engine.decoder.weights import Weights
 from memos_engine.errors import AdapterError, PayloadError
@@ -30,9 +31,6 @@ from memos_engine.memory.adapters import (
 )
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.store import MemoryStore
-
-if TYPE_CHECKING:
-    from memos_engine.decoder.adapters import AdapterBinding
 
 log = logging.getLogger("memos_engine")
 
@@ -53,8 +51,6 @@ class AdapterUse:
 
     def bound(self, active_from: int) -> AdapterBinding:
         """For a request whose tokens from `active_from` on see it."""
-        from memos_engine.decoder.adapters import AdapterBinding
-
         return AdapterBinding(self.adapter, self.scale, 0 if self.whole else active_from)
 
 

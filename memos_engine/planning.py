@@ -15,7 +15,6 @@ from memos_engine.decoder.record import KVRecord
 from memos_engine.errors import PayloadError
 from memos_engine.memory.operator import Candidate
 from memos_engine.memory.plan import KVAvailability, Plan, PlanInput, PlanRequest
-from memos_engine.memory.quality import sketch
 from memos_engine.memory.scheduler import MemScheduler
 
 log = logging.getLogger("memos_engine")
@@ -52,9 +51,10 @@ class Planned:
 
 
 def plan_input(
-    found: Candidate, tokens: int, stored: StoredKV, exact: bool, prefers: str | None = None
+    found: Candidate, tokens: int, sketch: bytes, stored: StoredKV, exact: bool, prefers: str | None = None
 ) -> PlanInput:
-    """A candidate of `tokens` tokens for the scheduler. exact: slot 0 stands right behind the anchor."""
+    """A candidate of `tokens` tokens for the scheduler; sketch: `quality.sketch` of its text. exact: slot 0
+    stands right behind the anchor."""
     kv = KVAvailability(
         bool(stored.records),
         tokens=tokens if stored.records else 0,
@@ -63,8 +63,7 @@ def plan_input(
         tier=stored.tier,
         nbytes=stored.nbytes,
     )
-    said = sketch(found.cube.body or "")
-    return PlanInput(found.cube.id, found.score, tokens, kv, found.relevance, prefers=prefers, sketch=said)
+    return PlanInput(found.cube.id, found.score, tokens, kv, found.relevance, prefers=prefers, sketch=sketch)
 
 
 def plan_with_records(

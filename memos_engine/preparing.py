@@ -14,13 +14,15 @@ from memos_engine.chats import Chat
 from memos_engine.combined import joined_head
 from memos_engine.config import MemoryConfig, Recompute
 from memos_engine.decoder.engine import DecoderEngine
+from memos_engine.decoder.record import KVRecord
 from memos_engine.decoder.sequence import KVSpan, Span, Stats, TextSpan
 from memos_engine.decoder.weights import Weights
 from memos_engine.errors import ContextLengthError, MemoryNotFoundError, MemosEngineError, OutOfPagesError
+from memos_engine.memory.cube import MemCube
 from memos_engine.memory.governance import Principal
 from memos_engine.memory.operator import Candidate
 from memos_engine.memory.plan import Plan, PlanInput, PlanRequest, check_budget
-from memos_engine.memory.quality import DEFAULT_QUALITY, SpliceQuality
+from memos_engine.memory.quality import DEFAULT_QUALITY, SpliceQuality, sketch
 from memos_engine.memory.scheduler import MemScheduler
 from memos_engine.outlook import Outlook, Surroundings
 from memos_engine.parameter import AdapterUse, ParameterMemory
@@ -31,11 +33,12 @@ from memos_engine.reply import Prepared
 
 log = logging.getLogger("memos_engine")
 
-SPANS = 4096  # memories whose token ids are kept
+SPANS = 4096  # memories whose token ids and sketches are kept
 WIDER = 2  # under a budget so many times more candidates are weighed than may enter
 NEEDED = 0.05  # probability of being needed from which a memory that stayed out gets its KV built
 LONG_TURNS = 2  # memories that a conversation holds from which on it counts as one that must cohere
 Recall = Callable[[int], list[Candidate]]
+Texts = dict[str, tuple[int, ...]]  # a memory's span
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Preparer:
         self.parameter = parameter
         self.outlook = Outlook(decoder)
         self.clock: Callable[[], float] = time.perf_counter
-        self._spans: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+        self._spans: OrderedDict[str, tuple[tuple[int, ...], bytes]] = OrderedDict()
         self._scheduler: tuple[Weights, MemScheduler] | None = None
 
     @property
@@ -102,6 +105,7 @@ class Preparer:
     def forget(self) -> None:
         """Keeps no text of a memory."""
         self._spans.clear()
+        self.outlook.forget()
 
     # -- before the decoder ----------------------------------------------------------------------
 
@@ -144,52 +148,23 @@ class Preparer:
             tolerance=self.config.quality_tolerance,
             frame=self.outlook.frame(around, self.scheduler.costs),
         )
-        candidates: list[Candidate] = []
-        skipped_retrieval = ""
-        if recall is not None and form != "none" and limit > 0:
-            skipped_retrieval = self.scheduler.no_time_to_retrieve(request, since())
-            if skipped_retrieval:
-                self.scheduler.residuals.relax("retrieve")
-            else:
-                candidates = recall(limit if budget is None else WIDER * limit)
+        candidates, unsought = self._candidates(recall, request, since())
         retrieved = since()
         inputs, stored, texts = self._inputs(principal, candidates, form, around, ask, chat)
         if budget is not None and form in ("auto", "text"):
             request = replace(request, known=self.outlook.known(around, texts))
         if ask.adapters and self.parameter is not None and chat is None and candidates:
             scored = [(candidate.cube.id, candidate.score) for candidate in candidates]
-            choice = self.parameter.choose(principal, scored, ask.query)
-            request = replace(request, adapter=choice.option)
+            request = replace(request, adapter=self.parameter.choose(principal, scored, ask.query).option)
         planned = plan_with_records(self.scheduler, self.activation, inputs, request, stored, since)
         adapter, refused = self._adapter(principal, planned.plan)
         if refused:  # what it would have known enters as it is
             request = replace(request, adapter=None)
             planned = plan_with_records(self.scheduler, self.activation, inputs, request, stored, since)
-        leading = []
-        for segment in planned.plan.segments:
-            if segment.form != "text":
-                break
-            leading.append(texts[segment.cube_id])
-        reused = self.outlook.reused(around, leading)
-        now = replace(request, frame=replace(request.frame, spent_ms=_spent(planned.plan)))
-        plan = self.scheduler.expect(planned.plan, now, reused)
+        plan = self._expected(planned.plan, request, around, texts)
+        plan = replace(plan, notes=(*filter(None, (unsought, refused)), *plan.notes))
         cubes = {c.cube.id: c.cube for c in candidates}
-        said = [note for note in (skipped_retrieval, refused) if note]
-        plan = replace(plan, notes=(*said, *plan.notes))
-        joined: frozenset[str] = frozenset()
-        if self.activation is not None and head == self.layout.anchor and not behind:
-            plan, record, joined = joined_head(self.activation, principal, plan, cubes)
-            if record is not None:
-                planned.records[plan.segments[0].cube_id] = record
-        spans: list[Span] = [TextSpan(head)] if behind and head else [] if behind else self._head(head, plan)
-        for segment in plan.segments:
-            cube_id = segment.cube_id
-            if cube_id in joined:
-                continue
-            spans.append(
-                KVSpan(planned.records[cube_id]) if segment.form == "kv" else TextSpan(texts[cube_id])
-            )
-        spans.append(TextSpan(tail))
+        plan, spans = self._spans_of(principal, plan, around, planned.records, texts, cubes)
         timings = {
             "retrieve": retrieved - begun,
             "fetch": planned.fetch_ms,
@@ -204,6 +179,53 @@ class Preparer:
             whole=not behind, start=since.start, around=around, schedule_ms=planned.schedule_ms,
             adapter=adapter,
         )  # fmt: skip
+
+    def _candidates(
+        self, recall: Recall | None, request: PlanRequest, spent_ms: float
+    ) -> tuple[list[Candidate], str]:
+        """What retrieval finds; or nothing, and why it was not even asked."""
+        if recall is None or request.form == "none" or request.max_memories == 0:
+            return [], ""
+        why = self.scheduler.no_time_to_retrieve(request, spent_ms)
+        if why:
+            self.scheduler.residuals.relax("retrieve")
+            return [], why
+        return recall(request.max_memories * (1 if request.budget_ms is None else WIDER)), ""
+
+    def _expected(self, plan: Plan, request: PlanRequest, around: Surroundings, texts: Texts) -> Plan:
+        """The plan with what is in pages of its leading texts taken off its forecast."""
+        if plan.forecast is None:
+            return plan
+        reused = self.outlook.reused(around, [texts[one] for one in plan.leading("text")])
+        spent = plan.forecast.total_ms - sum(plan.forecast.stages.values())
+        return self.scheduler.expect(
+            plan, replace(request, frame=replace(request.frame, spent_ms=spent)), reused
+        )
+
+    def _spans_of(
+        self,
+        principal: Principal,
+        plan: Plan,
+        around: Surroundings,
+        records: dict[str, KVRecord],
+        texts: Texts,
+        cubes: dict[str, MemCube],
+    ) -> tuple[Plan, list[Span]]:
+        """The prompt as spans, and the plan as carried out: memories at its head may share a record."""
+        joined: frozenset[str] = frozenset()
+        if self.activation is not None and around.head == self.layout.anchor and not around.behind:
+            plan, record, joined = joined_head(self.activation, principal, plan, cubes)
+            if record is not None:
+                records = {**records, plan.segments[0].cube_id: record}
+        if around.behind:
+            spans: list[Span] = [TextSpan(around.head)] if around.head else []
+        else:
+            spans = self._head(around.head, plan)
+        for segment in plan.segments:
+            one = segment.cube_id
+            if one not in joined:
+                spans.append(KVSpan(records[one]) if segment.form == "kv" else TextSpan(texts[one]))
+        return plan, [*spans, TextSpan(around.tail)]
 
     def _adapter(self, principal: Principal, plan: Plan) -> tuple[AdapterUse | None, str]:
         """The adapter that a plan binds, loaded; or none, and why the planned one cannot be used."""
@@ -239,7 +261,7 @@ class Preparer:
         around: Surroundings,
         ask: Ask,
         chat: Chat | None,
-    ) -> tuple[list[PlanInput], dict[str, StoredKV], dict[str, tuple[int, ...]]]:
+    ) -> tuple[list[PlanInput], dict[str, StoredKV], Texts]:
         """Candidates for the scheduler, their stored KV and their tokens."""
         exact = around.head == self.layout.anchor and not around.behind
         coherent = chat is not None and len(chat.cube_ids) >= LONG_TURNS
@@ -249,12 +271,13 @@ class Preparer:
             here = self.activation.store.of_session(principal, ask.session, ids)
         stored: dict[str, StoredKV] = {}
         inputs: list[PlanInput] = []
-        texts: dict[str, tuple[int, ...]] = {}
+        texts: Texts = {}
         for candidate in candidates:
             cube = candidate.cube
             if chat is not None and cube.id in chat.cube_ids:
                 continue
-            texts[cube.id] = span = self._text(cube.body or "")
+            span, said = self._text(cube.body or "")
+            texts[cube.id] = span
             found = StoredKV({}, "no KV was looked for")
             try:
                 wanted = form != "text" and candidate.score >= self.config.min_score
@@ -264,13 +287,14 @@ class Preparer:
                 continue
             stored[cube.id] = found
             prefers = "text" if cube.id in here else "kv" if coherent else None
-            inputs.append(plan_input(candidate, len(span), found, exact, prefers))
+            inputs.append(plan_input(candidate, len(span), said, found, exact, prefers))
         return inputs, stored, texts
 
-    def _text(self, body: str) -> tuple[int, ...]:
+    def _text(self, body: str) -> tuple[tuple[int, ...], bytes]:
+        """A memory's span and sketch, kept: both take longer than all the rest of planning."""
         found = self._spans.get(body)
         if found is None:
-            found = self._spans[body] = self.layout.memory(body)
+            found = self._spans[body] = self.layout.memory(body), sketch(body)
             while len(self._spans) > SPANS:
                 self._spans.popitem(last=False)
         return found
@@ -337,15 +361,5 @@ class Preparer:
                 sum(forecast.stages[name] for name in later), sum(actual[name] for name in later)
             )
         if prepared.around is not None and not stats.preemptions:
-            leading = []
-            for segment in plan.segments:
-                if segment.form != "text":
-                    break
-                leading.append(segment.cube_id)
-            self.outlook.went(prepared.around, leading)
+            self.outlook.went(prepared.around, plan.leading("text"))
         return replace(plan, actual=actual)
-
-
-def _spent(plan: Plan) -> float:
-    """What had been spent when the plan was made."""
-    return 0.0 if plan.forecast is None else plan.forecast.total_ms - sum(plan.forecast.stages.values())

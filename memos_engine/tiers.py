@@ -157,11 +157,6 @@ class RecordTiers:
             self.host.hits += 1
             return self._put(key, record, pinned=True)
 
-    def where(self, key: str) -> str:
-        """The tier that holds a record: device, host, or disk where only its file is left."""
-        with self._lock:
-            return "device" if key in self.device.records else "host" if key in self.host.records else "disk"
-
     def put(self, key: str, record: KVRecord) -> KVRecord:
         """Takes a record that was read or built; returns it as it is held now, or as it came where it is
         worth less than all that would make way."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from uuid import uuid4
 
@@ -24,6 +23,7 @@ from memos_engine.memory.lifecycle import LifecycleState
 from memos_engine.memory.store import MemoryStore
 from memos_engine.memory.store_jobs import LEASE_S, Job
 from memos_engine.memory.transform import KINDS, PLACES, TEXT, Action, Known, TransformPolicy, plan
+from memos_engine.memory.worker import Worker
 
 log = logging.getLogger("memos_engine")
 PAUSE_S = 1.0  # before a job that yielded is looked at again
@@ -44,7 +44,7 @@ Handler = Callable[[Job, Step], str]
 SavedMs = Callable[[int, int], Mapping[str, float]]  # tokens and bytes of a record -> by place
 
 
-class Transformer:
+class Transformer(Worker):
     """Jobs of one store, done with one model's activation memory (None: it was unloaded).
 
     `with Transformer(store, activation):` works in a thread of its own; `run_once()` does one job here.
@@ -61,10 +61,11 @@ class Transformer:
         every_s: float = 1.0,
         before: Callable[[], object] | None = None,
     ) -> None:
+        super().__init__("memory-transformer", every_s)
         self.store = store
         self.activation = activation
         self.worker = worker or f"w{os.getpid()}_{uuid4().hex[:8]}"
-        self.lease_s, self.every_s, self.before = lease_s, every_s, before
+        self.lease_s, self.before = lease_s, before
         self._handlers: dict[str, Handler] = {
             "encode": self._encode,
             "combine": self._combine,
@@ -72,8 +73,6 @@ class Transformer:
             "demote": self._demote,
             "drop": self._drop,
         }
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def register(self, kind: str, handler: Handler) -> None:
         """Gives jobs of a kind to a handler, which returns a word on what it did; it raises MemosEngineError
@@ -229,20 +228,6 @@ class Transformer:
 
     # -- a thread of its own ---------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Works in the background; starting twice is fine."""
-        if self._thread is None:
-            self._stop.clear()
-            self._thread = threading.Thread(target=self._run, name="memory-transformer", daemon=True)
-            self._thread.start()
-
-    def stop(self) -> None:
-        """Waits until the job under way has gone back at its next step; none begins after."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
     def publish(self) -> None:
         """Leaves word of the tiers in the store's directory, for `memos-engine top`."""
         tiers = {} if self.activation is None else self.activation.tiers.occupancy()
@@ -254,25 +239,18 @@ class Transformer:
         except OSError as error:
             log.debug("memos_engine: nothing was said of the tiers: %s", error)
 
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                if self.before is not None and not self.busy:
-                    self.before()
-                done = self.run_once()
-                self.publish()
-            except MemosEngineError as error:
-                log.warning("memos_engine: the store's jobs cannot be done now: %s", error)
-                done = None
-            if done is None or done.state == "waiting":
-                self._stop.wait(self.every_s)
-
-    def __enter__(self) -> Transformer:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    def turn(self) -> bool:
+        """A look at what is due, where no request runs, and one job. `stop` waits until the job under way has
+        gone back at its next step."""
+        try:
+            if self.before is not None and not self.busy:
+                self.before()
+            done = self.run_once()
+            self.publish()
+        except MemosEngineError as error:
+            log.warning("memos_engine: the store's jobs cannot be done now: %s", error)
+            done = None
+        return done is None or done.state == "waiting"
 
 
 def survey(

@@ -137,7 +137,6 @@ class Lockstep:
         return True
 
     def _add(self, prompt: Prompt) -> Sequence:
-        bound = {} if prompt.bound is None else {"adapter": prompt.bound}
         return self.engine.add_request(
             prompt.spans,
             self.params,
@@ -145,7 +144,7 @@ class Lockstep:
             sampled=False,
             recompute=prompt.recompute,
             start_by=prompt.start_by,
-            **bound,
+            adapter=prompt.bound,
         )
 
 

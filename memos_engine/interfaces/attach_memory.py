@@ -9,6 +9,7 @@ from typing import Any
 
 from memos_engine.api import MemoryEngine
 from memos_engine.config import MemoryConfig, Recompute
+from memos_engine.decoder.adapters import AdapterBinding
 from memos_engine.decoder.sequence import NOTHING, Span, TextSpan
 from memos_engine.decoder.sequence import Sequence as Request
 from memos_engine.errors import ContextLengthError, MemoryInputError, MemosEngineError
@@ -43,7 +44,7 @@ class Prompt:
     used: list[str] = field(default_factory=list)
     recompute: Recompute = NOTHING
     start_by: float | None = None
-    bound: Any = None  # an adapter
+    bound: AdapterBinding | None = None
 
     @classmethod
     def plain(cls, ids: Ids, root: bytes = b"") -> Prompt:

@@ -21,7 +21,6 @@ import numpy.typing as npt
 from memos_engine.errors import MemoryInputError
 
 VERSION = 1
-STAGES = ("queue", "retrieve", "plan", "fetch", "splice", "probe", "forward")
 Number = float | npt.NDArray[np.float64]
 
 
@@ -175,7 +174,7 @@ class Load:
 
 
 def stages(table: CostTable, frame: Frame, load: Load) -> dict[str, npt.NDArray[np.float64]]:
-    """Milliseconds of each stage of STAGES but retrieve and plan, which no choice of memories changes.
+    """Milliseconds of each stage but retrieve and plan, which no choice of memories changes.
 
     A plan that computes memory tokens again runs the query twice: first over the stored KV (`probe`), then
     with the chosen tokens (`forward`).

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from memos_engine.memory.costs import Load
+from memos_engine.memory.costs import Load, Pricer
 
 Floats = npt.NDArray[np.float64]
 Forms = npt.NDArray[np.int8]
@@ -67,6 +67,19 @@ class Choice:
     forms: tuple[int, ...]
     value: float
     ms: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a choice must keep. price: milliseconds of a load, against the budget; room: tokens that fit;
+    most: memories that may enter. give: share of the best value that is given for speed: of all choices with
+    the rest of it, the fastest."""
+
+    price: Pricer
+    budget: float
+    room: int
+    most: int
+    give: float = 0.0
 
 
 def loads(items: Items, forms: Forms, share: Floats | float) -> Load:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from dataclasses import asdict, dataclass
-from types import TracebackType
 from typing import Any
 
 from memos_engine.errors import MemoryInputError, StoreError, StoreLockedError
 from memos_engine.memory.store import MemoryStore
 from memos_engine.memory.store_kv import GRACE_S
 from memos_engine.memory.store_sweep import MAX_S, SweepPolicy, Swept
+from memos_engine.memory.worker import Worker
 
 __all__ = ["Cleaned", "Janitor", "SweepPolicy", "Swept"]
 
@@ -30,7 +29,7 @@ class Cleaned:
         return asdict(self)
 
 
-class Janitor:
+class Janitor(Worker):
     """`with Janitor(store, policy):` sweeps every `every_s` seconds; `run_once()` does without a thread.
 
     What is due is decided by the store's clock. A sweep that fails in the thread is repeated at the next
@@ -40,13 +39,11 @@ class Janitor:
     def __init__(self, store: MemoryStore, policy: SweepPolicy | None = None, every_s: float = 300.0) -> None:
         if not every_s > 0:
             raise MemoryInputError(f"every_s must be a number of seconds above 0, not {every_s!r}.")
+        super().__init__("memory-janitor", every_s)
         self.store = store
         self.policy = policy or SweepPolicy()
-        self.every_s = every_s
         self.sweeps = 0
         self.last_error: StoreError | None = None
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def run_once(self) -> Swept:
         """One sweep, and what earlier erasures had to leave; raises `StoreError`."""
@@ -74,34 +71,11 @@ class Janitor:
         left, left_size = self.store.payload_usage()  # others may write meanwhile
         return Cleaned(swept, max(files - left, 0), max(size - left_size, 0), False)
 
-    def start(self) -> None:
-        """Sweep in the background, for the first time at once; starting twice is fine."""
-        if self._thread is None:
-            self._stop.clear()
-            self._thread = threading.Thread(target=self._run, name="memory-janitor", daemon=True)
-            self._thread.start()
-
-    def stop(self) -> None:
-        """Wait for the sweep that has begun, if any; none begins after."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self.run_once()
-                self.last_error = None
-            except StoreError as error:
-                self.last_error = error
-            self._stop.wait(self.every_s)
-
-    def __enter__(self) -> Janitor:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
+    def turn(self) -> bool:
+        """A sweep; one that fails is remembered."""
+        try:
+            self.run_once()
+            self.last_error = None
+        except StoreError as error:
+            self.last_error = error
+        return True

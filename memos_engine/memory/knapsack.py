@@ -13,33 +13,33 @@ from dataclasses import replace
 
 import numpy as np
 
-from memos_engine.memory.costs import Pricer
-from memos_engine.memory.items import KV, SKIP, TEXT, Choice, Forms, Items, again, fastest, loads, values
+from memos_engine.memory.items import (
+    KV,
+    SKIP,
+    TEXT,
+    Choice,
+    Forms,
+    Items,
+    Limits,
+    again,
+    fastest,
+    loads,
+    values,
+)
 from memos_engine.memory.relaxation import many
 
 WAYS = 800  # of six candidates with KV each there are 729
 
 
-def search(
-    items: Items,
-    shares: Sequence[tuple[float, float]],
-    price: Pricer,
-    budget: float,
-    room: int,
-    most: int,
-    give: float = 0.0,
-) -> tuple[list[Choice], float]:
+def search(items: Items, shares: Sequence[tuple[float, float]], limits: Limits) -> tuple[list[Choice], float]:
     """The best choice for each (share, quality) that has one, and a value that no choice with any of them
-    exceeds. An empty choice counts only without a share. give: share of the best value that is given for
-    speed: of all choices with the rest of it, the fastest.
-
-    price: milliseconds of a load; room: tokens that fit; most: memories that may enter.
-    """
+    exceeds. An empty choice counts only without a share."""
     forms = _ways(items)
     if forms is None:
-        return many(items, shares, price, budget, room, most, give)
-    forms = forms[(forms != SKIP).sum(1) <= most]
-    forms = forms[((forms == TEXT) @ items.text + (forms == KV) @ items.kv) <= room]
+        return many(items, shares, limits)
+    price, budget = limits.price, limits.budget
+    forms = forms[(forms != SKIP).sum(1) <= limits.most]
+    forms = forms[((forms == TEXT) @ items.text + (forms == KV) @ items.kv) <= limits.room]
     forms = forms[price(loads(items, forms, 0.0)) <= budget]  # a share only adds to that
     plain = loads(items, forms, 0.0)
     weighed = []
@@ -52,7 +52,7 @@ def search(
     bound = max((float(worth.max()) for *_, worth, _ in weighed), default=0.0)
     out = []
     for share, some, worth, ms in weighed:
-        at = fastest(worth, ms, (1 - give) * bound)
+        at = fastest(worth, ms, (1 - limits.give) * bound)
         out.append(Choice(share, tuple(some[at].tolist()), float(worth[at]), float(ms[at])))
     return out, bound
 

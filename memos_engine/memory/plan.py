@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from memos_engine.errors import MemoryInputError
@@ -12,7 +13,6 @@ from memos_engine.memory.adapters import AdapterOption
 from memos_engine.memory.costs import Frame
 
 REQUEST_FORMS = ("auto", "text", "kv", "none")
-TIERS = ("device", "host", "disk")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class KVAvailability:
     """Whether a usable KV record of a memory exists; if not, `reason` says why.
 
     `tokens` is the record's length; `exact_in_slot0`: a record that is exact right behind the anchor exists.
-    `tier`: where it waits; `nbytes`: what reading it moves.
+    `tier`: where it waits (device, host or disk); `nbytes`: what reading it moves.
     """
 
     available: bool
@@ -193,6 +193,10 @@ class Plan:
     @property
     def tokens(self) -> int:
         return sum(segment.tokens for segment in self.segments)
+
+    def leading(self, form: str) -> list[str]:
+        """The memories in the first slots, as far as they all have this form."""
+        return [s.cube_id for s in takewhile(lambda segment: segment.form == form, self.segments)]
 
     @property
     def met(self) -> bool | None:

@@ -4,47 +4,42 @@ Knapsack Problems, 2004, ch. 11).
 With a price on a millisecond, on a token of room and on a place among the memories, every candidate takes the
 form with the largest gain by itself. Each set of prices gives a choice to try, and, costs being nowhere above
 the true ones, a bound that no choice exceeds. All sets of prices are tried at once; the best choice that
-keeps all limits, at its true cost, is filled up one memory at a time.
+keeps all limits, at its true cost, takes in one memory more where that fits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from memos_engine.memory.costs import Load, Pricer
-from memos_engine.memory.items import KV, SKIP, TEXT, Choice, Floats, Forms, Items, fastest, loads, values
+from memos_engine.memory.costs import Load
+from memos_engine.memory.items import (
+    EQUAL,
+    KV,
+    SKIP,
+    TEXT,
+    Choice,
+    Floats,
+    Forms,
+    Items,
+    Limits,
+    fastest,
+    loads,
+    values,
+)
 
 # Prices of a millisecond that are tried, in the best gain for one; then those around the best of these.
 COARSE = np.concatenate([[1e-6], np.geomspace(3e-3, 1.0, 6)])
 FINE = np.geomspace(0.5, 8.0, 12)  # upwards: true costs are above the lines, so true prices are, too
 ROOMS = np.asarray([0.0, 0.2, 0.7])  # of a token, likewise
 NEAR = 16  # likeliest memories that are tried for that
-FILLS = 1  # memories that are added to the best choice
 
 
-@dataclass(frozen=True)
-class _Limits:
-    price: Pricer
-    budget: float
-    room: int
-    most: int
-
-
-def many(
-    items: Items,
-    shares: Sequence[tuple[float, float]],
-    price: Pricer,
-    budget: float,
-    room: int,
-    most: int,
-    give: float = 0.0,
-) -> tuple[list[Choice], float]:
+def many(items: Items, shares: Sequence[tuple[float, float]], limits: Limits) -> tuple[list[Choice], float]:
     """As `knapsack.search`, but the choices are good rather than best, and the bound is above them."""
-    limits = _Limits(price, budget, room, most)
+    budget, give = limits.budget, limits.give
     share = np.asarray([one for one, _ in shares])
     quality = np.asarray([one for _, one in shares])
     start, text_ms, kv_ms = _lines(items, share, limits)
@@ -86,23 +81,15 @@ def many(
 Found = tuple[Forms, float, float, float, float]
 
 
-def _lines(items: Items, share: Floats, limits: _Limits) -> tuple[Floats, Floats, Floats]:
+def _lines(items: Items, share: Floats, limits: Limits) -> tuple[Floats, Floats, Floats]:
     """Affine lower costs: of a request with its cached text `[s]`, and what each memory adds as text and as
     KV `[s, n]`."""
     exact = items.kv * items.exact
     slack = max(0.5, float(exact.max(initial=0))) if items.cached == 0 else 0.5
     rows = limits.price.rows_within(limits.budget)
     cached = float(items.text[: items.cached].sum())
-    zero = np.zeros(6)
     unit = np.eye(6)
-    load = Load(
-        text=unit[1],
-        kv=unit[2],
-        records=unit[3],
-        disk_records=unit[4],
-        disk_mib=unit[5],
-        cached=zero + cached,
-    )
+    load = Load(unit[1], cached, unit[2], 0.0, unit[3], unit[4], unit[5])  # one row for each thing that costs
     lines = limits.price.floor(load, share[:, None], slack, rows)  # [s, 6]
     base, (text, kv, record, read, mib) = lines[:, 0], (lines[:, 1:] - lines[:, :1]).T
     kv_ms = kv[:, None] * items.kv + record[:, None] + read[:, None] * items.disk + mib[:, None] * items.mib
@@ -113,7 +100,7 @@ class _Gains:
     """What each memory gains at each set of prices: `[shares, prices, rooms, n]`."""
 
     def __init__(
-        self, items: Items, quality: Floats, lines: tuple[Floats, Floats], limits: _Limits, prices: Floats
+        self, items: Items, quality: Floats, lines: tuple[Floats, Floats], limits: Limits, prices: Floats
     ) -> None:
         self.items, self.limits, self.prices = items, limits, prices
         text_ms, kv_ms = lines
@@ -188,7 +175,7 @@ class _Gains:
 
 
 def _fitting(
-    items: Items, forms: Forms, share: Floats | float, limits: _Limits
+    items: Items, forms: Forms, share: Floats | float, limits: Limits
 ) -> tuple[npt.NDArray[np.bool_], Floats]:
     load = loads(items, forms, share)
     ms = limits.price(load)
@@ -197,25 +184,25 @@ def _fitting(
     return ok & ((np.asarray(load.again) > 0) | (np.asarray(share) == 0)), ms
 
 
-def _filled(items: Items, found: Found, limits: _Limits) -> Found:
-    """The choice with what still fits: of all single further steps the most valuable, FILLS times."""
-    forms, share, quality, value, ms = found
-    n = len(items)
+def _filled(items: Items, found: Found, limits: Limits) -> Found:
+    """The choice with what still fits: of all single further steps the most valuable."""
+    forms, share, quality, value, _ = found
     text, kv = (items.text > 0).tolist(), (items.kv > 0).tolist()
-    able = [(TEXT,) * text[i] + (KV,) * kv[i] for i in range(n)]
-    likely = np.argsort(-items.need * (forms != TEXT), kind="stable")[:NEAR]
-    free = [int(i) for i in likely if i >= items.cached]
-    for _ in range(FILLS):
-        steps = [(i, form) for i in free for form in able[i] if forms[i] not in (form, TEXT)]
-        if not steps:
-            break
-        where, how = zip(*steps, strict=True)
-        tried = np.repeat(forms[None], len(steps), axis=0)
-        tried[np.arange(len(steps)), where] = how
-        ok, took = _fitting(items, tried, share, limits)
-        worth = np.where(ok, values(items, tried, quality), -np.inf)
-        best = int(np.argmax(worth))
-        if worth[best] <= value + 1e-6:
-            break
-        forms, value, ms = tried[best], float(worth[best]), float(took[best])
-    return forms, share, quality, value, ms
+    likely = np.argsort(-items.need * (forms != TEXT), kind="stable")[:NEAR].tolist()
+    steps = [
+        (i, form)
+        for i in likely
+        for form in (TEXT,) * text[i] + (KV,) * kv[i]
+        if i >= items.cached and forms[i] not in (form, TEXT)
+    ]
+    if not steps:
+        return found
+    where, how = zip(*steps, strict=True)
+    tried = np.repeat(forms[None], len(steps), axis=0)
+    tried[np.arange(len(steps)), where] = how
+    ok, took = _fitting(items, tried, share, limits)
+    worth = np.where(ok, values(items, tried, quality), -np.inf)
+    best = int(np.argmax(worth))
+    if worth[best] <= value + EQUAL:
+        return found
+    return tried[best], share, quality, float(worth[best]), float(took[best])

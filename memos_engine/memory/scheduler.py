@@ -29,7 +29,7 @@ from memos_engine.memory.arrange import (
     told,
 )
 from memos_engine.memory.costs import CostTable, Load, Pricer, default_table
-from memos_engine.memory.items import EQUAL, KV, SKIP, TEXT, Choice, Items, loads
+from memos_engine.memory.items import EQUAL, KV, SKIP, TEXT, Choice, Items, Limits, loads
 from memos_engine.memory.knapsack import search
 from memos_engine.memory.need import DEFAULT_NEED, NeedModel
 from memos_engine.memory.plan import (
@@ -206,7 +206,7 @@ class MemScheduler:
             else:
                 chosen.append((one, form))
                 used += tokens
-        items = items_of([one for one, _ in chosen], request)
+        items = items_of([one for one, _ in chosen], request, overlap=np.zeros((len(chosen), len(chosen))))
         forms = np.asarray([[form for _, form in chosen]], np.int8).reshape(1, len(chosen))
         load = loads(items, forms, share or 0.0)
         segments = self._segments(chosen, reasons, share or 0.0, most)
@@ -233,15 +233,14 @@ class MemScheduler:
         give = request.tolerance * request.frame.busy**2
         found: list[tuple[Choice, list[PlanInput], Items]] = []
         bound = 0.0
+        limits = Limits(price, budget, request.max_memory_tokens, request.max_memories, give)
         plain = items_of(fit, request)
         for known in (None, *request.known):
             ordered = ahead(fit, known)
             if ordered is None:
                 continue
             items = plain if known is None else items_of(ordered, request, len(known.cube_ids))
-            choices, most_possible = search(
-                items, graded, price, budget, request.max_memory_tokens, request.max_memories, give
-            )
+            choices, most_possible = search(items, graded, limits)
             found += [(choice, ordered, items) for choice in choices]
             bound = max(bound, most_possible)
         if not found:

@@ -28,6 +28,7 @@ COMBINED = "combined:"  # begins the identity of a record of several memories: s
 _IDENTITY = re.compile(r"[!-~]{1,200}")  # printable ASCII without spaces
 _OFF = "splicing_off:"
 _REFS = "SELECT DISTINCT sha256, size, checksum FROM kv_artifact"
+_ALL_REFS = "SELECT DISTINCT sha256, size, checksum FROM payload"  # adapters' too
 
 
 def drop_rows(conn: sqlite3.Connection, cube_id: str) -> list[BlobRef]:
@@ -237,7 +238,7 @@ class KVRows(StoreBase):
     def damaged_payloads(self) -> tuple[int, list[tuple[BlobRef, PayloadError]]]:
         """Read every payload in full: how many are sound, and which are not and why. Changes nothing."""
         with self._db.read() as conn:
-            refs = [BlobRef(*row) for row in conn.execute(_REFS.replace("kv_artifact", "payload"))]
+            refs = [BlobRef(*row) for row in conn.execute(_ALL_REFS)]
         damaged = []
         for ref in refs:
             try:

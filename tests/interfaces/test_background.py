@@ -181,7 +181,7 @@ def test_it_begins_after_the_first_reply_and_ends_with_the_engine(started):
     thread = transformer._thread
     assert thread is not None
     used = [engine.store.get(alice.principal, one) for one in reply.forms]
-    for _ in range(4500):  # a job that failed once comes again after some seconds
+    for _ in range(1000):
         if all(stored(engine, alice, cube).whole for cube in used):
             break
         time.sleep(0.02)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memos_engine.memory.costs import CostTable, Frame, Pricer
-from memos_engine.memory.items import KV, SKIP, TEXT, Items, loads, values
+from memos_engine.memory.items import KV, SKIP, TEXT, Items, Limits, loads, values
 from memos_engine.memory.knapsack import search
 from memos_engine.memory.relaxation import many
 
@@ -77,7 +77,7 @@ def brute(items: Items, price: Pricer, budget: float, room: int, most: int) -> f
 @given(st.integers(0, 10_000), st.integers(1, 5), st.floats(20, 900), st.integers(0, 600), st.integers(0, 5))
 def test_few_candidates_are_chosen_best(seed: int, n: int, budget: float, room: int, most: int) -> None:
     items, price = made(seed, n, cached=seed % 2), pricer(seed)
-    found, bound = search(items, SHARES, price, budget, room, most)
+    found, bound = search(items, SHARES, Limits(price, budget, room, most))
     truth = brute(items, price, budget, room, most)
     assert max((one.value for one in found), default=-1.0) == pytest.approx(truth)
     assert all(one.ms <= budget for one in found)
@@ -92,7 +92,7 @@ def test_the_relaxation_never_promises_less_than_the_best(
     """The way that many candidates go, on few ones: feasible, and its bound holds."""
     items, price = made(seed, n, cached=seed % 3 == 0), pricer(seed)
     truth = brute(items, price, budget, room, n)
-    found, bound = many(items, SHARES, price, budget, room, n)
+    found, bound = many(items, SHARES, Limits(price, budget, room, n))
     for one in found:
         assert one.ms <= budget
         row = np.asarray([one.forms], np.int8)
@@ -108,7 +108,7 @@ def test_many_candidates_come_close_to_their_bound() -> None:
     for seed in range(30):
         items, price = made(seed, 64), pricer(seed)
         for budget in (120, 300, 800):
-            found, bound = search(items, SHARES, price, budget, 4000, 32)
+            found, bound = search(items, SHARES, Limits(price, budget, 4000, 32))
             gaps.append(bound / max(one.value for one in found) - 1)
     assert np.median(gaps) < 0.1
 
@@ -129,10 +129,9 @@ def test_the_floor_is_never_above_the_price(seed: int, rows: float) -> None:
 
 def test_a_dearer_share_is_taken_only_where_it_fits() -> None:
     items, price = made(3, 4), pricer(4)
-    slow, _ = search(items, SHARES, price, 5000, 4000, 4)
+    slow, _ = search(items, SHARES, Limits(price, 5000, 4000, 4))
     assert {one.share for one in slow} == {0.0, 0.1, 0.4}
-    tight, _ = search(
-        items, SHARES, price, float(price(loads(items, np.zeros((1, 4), np.int8), 0.0))[0]), 4000, 4
-    )
+    bare = float(price(loads(items, np.zeros((1, 4), np.int8), 0.0))[0])
+    tight, _ = search(items, SHARES, Limits(price, bare, 4000, 4))
     assert [one.share for one in tight] == [0.0]
     assert tight[0].forms == (SKIP,) * 4
