@@ -339,7 +339,7 @@ class Forward {
     const int64_t element_, page_element_;
     char *q_ = nullptr, *attended_ = nullptr, *k_ = nullptr, *v_ = nullptr, *x_ = nullptr, *y_ = nullptr;
     char *gate_ = nullptr, *up_ = nullptr, *act_ = nullptr;
-    std::map<int64_t, Planned> plans_;  // by window
+    std::map<int64_t, Planned> plans_;   // by window
     static thread_local LoraPlan plan_;  // of whoever calls; kept, so that a step allocates next to nothing
     std::vector<LoraStage> lora_;        // kLoraGroups a layer; none where no row has an adapter
     std::vector<std::atomic<int64_t>> shrunk_;
