@@ -45,9 +45,10 @@ NOTES = (
     "excluded: requests whose bare query, without retrieval and memories, takes longer than the budget. "
     "met: of the others, those whose first token came in time. predicted error: median of |predicted / "
     "actual - 1| of the time to first token, predicted when the plan was made.",
-    "kl: nats from full prefill of the best plan without a budget (all memories as text, in the order of "
-    "relevance) over its greedy answer; answer_f1: of the greedy answer, against the accepted ones; quality: "
-    "1 - kl / kl of a prompt without memories. Differences are paired by question.",
+    "kl: nats from full prefill of the best plan without a budget (its memories as text, in the order of "
+    "relevance) over its greedy answer; gold_kl: from full prefill of the asked paragraph alone, which no "
+    "policy has a say in; answer_f1: of the greedy answer, against the accepted ones; quality: 1 - kl / kl "
+    "of a prompt without memories. Differences are paired by question.",
 )
 
 
@@ -100,7 +101,7 @@ class _Runner:
         self.requests = bed.asked(self.count, "measured")
         self.warmup = bed.asked(WARMUP[q], "warm-up")
         self.base = bed.engine.preparer.scheduler
-        self.judge = Judge(bed.engine)
+        self.judge = Judge(bed.engine, bed.dataset.paragraphs)
         self.done, self.total = 0, units * (self.count + len(POLICIES) * self.fixed)
         self._pass(None, max(BUDGETS), WARMUP[q], "warming up")  # the process, not a policy
         self.bare = self._bare()
@@ -140,7 +141,7 @@ class _Runner:
             rows.append(self._row(name, budget, found, verdicts[name]))
         ratios = []
         for name in (policy.name for policy in POLICIES):
-            for what in ("kl", "f1"):
+            for what in ("kl", "gold_kl", "f1"):
                 pair = [[getattr(v, what) for v in verdicts[side]] for side in (OURS, name)]
                 interval = paired_bootstrap(pair, lambda a, b: np.mean(a - b, axis=-1), self.options.seed)
                 title = f"{what}: ours - {name}"
@@ -193,6 +194,7 @@ class _Runner:
             "kl_mean": round(kl.value, 5),
             "kl_low": round(kl.low, 5),
             "kl_high": round(kl.high, 5),
+            "gold_kl_mean": round(statistics.fmean(v.gold_kl for v in verdicts), 5),
             "answer_f1": round(f1.value, 4),
             "f1_low": round(f1.low, 4),
             "f1_high": round(f1.high, 4),

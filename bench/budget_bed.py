@@ -154,7 +154,7 @@ def opened(
             bed.fill(tell)
             table = calibrate(engine.decoder, embedder, lambda what, i, n: tell(f"calibrating: {what}", i, n))
             base = engine.preparer.scheduler
-            engine.preparer.use(MemScheduler(table, base.quality, base.need))
+            engine.preparer.use(MemScheduler(table, base.quality, base.need, distraction=base.distraction))
             bed.fresh()
             torch.manual_seed(options.seed)
             yield bed

@@ -41,7 +41,7 @@ def candidates(count: int, seed: int) -> list[PlanInput]:
 
 def planner_rows(base: MemScheduler) -> list[dict[str, Any]]:
     """Milliseconds of `MemScheduler.plan` and the proven gap to the best, by number of candidates."""
-    scheduler = MemScheduler(base.costs, base.quality, base.need)
+    scheduler = MemScheduler(base.costs, base.quality, base.need, distraction=base.distraction)
     rows = []
     for count in COUNTS:
         taken: list[float] = []

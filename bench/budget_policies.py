@@ -45,7 +45,7 @@ class Fixed(MemScheduler):
 
     def _within(self, fit: Sequence[PlanInput], request: PlanRequest, price: Pricer, budget: float) -> Plan:
         order = sorted(fit, key=lambda one: -self.ages[one.cube_id]) if self.policy.newest else list(fit)
-        items = items_of(order, request)
+        items = items_of(order, request, self.distraction)
         forms = np.zeros((1, len(order)), np.int8)
         used = 0.0
         for i in range(len(order)):
@@ -81,7 +81,7 @@ class Fixed(MemScheduler):
 def scheduler_of(policy: Policy | None, base: MemScheduler, ages: dict[str, int]) -> MemScheduler:
     """A scheduler that has learnt nothing yet, with the costs and the quality model of another."""
     if policy is None:
-        return MemScheduler(base.costs, base.quality, base.need)
-    fixed = Fixed(base.costs, base.quality, base.need)
+        return MemScheduler(base.costs, base.quality, base.need, distraction=base.distraction)
+    fixed = Fixed(base.costs, base.quality, base.need, distraction=base.distraction)
     fixed.policy, fixed.ages = policy, ages
     return fixed

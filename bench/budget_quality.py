@@ -20,19 +20,21 @@ from memos_engine.reply import Prepared
 @dataclass(frozen=True)
 class Verdict:
     """kl: mean over the reference's answer, in nats; f1: of the plan's own greedy answer; none_kl: kl of the
-    same prompt without memories."""
+    same prompt without memories. gold_kl: from full prefill of the asked paragraph alone."""
 
     kl: float
     f1: float
     none_kl: float
+    gold_kl: float
 
 
 class Judge:
     """Scores plans; the same plan for the same question once. Runs between requests, off their clocks."""
 
-    def __init__(self, engine: MemoryEngine) -> None:
+    def __init__(self, engine: MemoryEngine, paragraphs: Sequence[str]) -> None:
+        self.paragraphs = paragraphs
         self.engine, self.decoder, self.stop = engine, engine.decoder, list(engine.eos_token_ids)
-        self._references: dict[str, tuple[Reference, float]] = {}
+        self._references: dict[str, tuple[Reference, Reference, float]] = {}
         self._verdicts: dict[tuple[object, ...], Verdict] = {}
         self._floor: list[float] = []
 
@@ -40,10 +42,10 @@ class Judge:
         spans = tuple(prepared.spans)
         key = (question.text, prepared.principal, share, tuple(map(_name, spans)))
         if key not in self._verdicts:
-            reference, none = self._reference(prepared, question)
+            best, gold, none = self._reference(prepared, question)
             plan = Plan(spans, self._selected(spans, share))
-            kl, f1 = self._score(plan, reference, question)
-            self._verdicts[key] = Verdict(kl, f1, none)
+            (kl, f1), (gold_kl, _) = self._score(plan, (best, gold), question)
+            self._verdicts[key] = Verdict(kl, f1, none, gold_kl)
         return self._verdicts[key]
 
     def note(self) -> str:
@@ -54,28 +56,36 @@ class Judge:
             f"{floor:.5f}: what bfloat16 alone does."
         )
 
-    def _score(self, plan: Plan, reference: Reference, question: Question) -> tuple[float, float]:
-        (outcome,) = evaluate(self.decoder, [plan], [reference], self.stop)
-        ids = [token for token in outcome.answer if token not in self.stop]
-        answer = self.engine.tokenizer.decode(ids, skip_special_tokens=True)
-        return statistics.fmean(outcome.kl), answer_f1(answer, question.answers)
+    def _score(
+        self, plan: Plan, against: Sequence[Reference], question: Question
+    ) -> list[tuple[float, float]]:
+        """KL from each reference, and F1."""
+        out = []
+        for outcome in evaluate(self.decoder, [plan] * len(against), against, self.stop):
+            ids = [token for token in outcome.answer if token not in self.stop]
+            answer = self.engine.tokenizer.decode(ids, skip_special_tokens=True)
+            out.append((statistics.fmean(outcome.kl), answer_f1(answer, question.answers)))
+        return out
 
-    def _reference(self, prepared: Prepared, question: Question) -> tuple[Reference, float]:
-        """Full prefill of all memories as text, and the KL of none."""
+    def _reference(self, prepared: Prepared, question: Question) -> tuple[Reference, Reference, float]:
+        """Full prefill of the best plan without a budget, as text, and of the asked paragraph alone; the KL
+        of no memories from the first."""
         key = f"{prepared.principal}/{question.text}"
         if key not in self._references:
             layout = self.engine.layout
             head, tail = layout.anchor, layout.query(question.text)
             best = self.engine.prepare(prepared.principal, question.text, head, tail, Ask("text"))
             ids = tuple(token for span in best.spans for token in span.token_ids)
-            (found,) = references(self.decoder, [ids], self.stop)
+            alone = (*head, *layout.memory(self.paragraphs[question.paragraph]), *tail)
             empty = torch.empty(0)
-            found = replace(found, k=empty, v=empty)
+            found, gold = (
+                replace(one, k=empty, v=empty) for one in references(self.decoder, [ids, alone], self.stop)
+            )
             bare = Plan((TextSpan(head), TextSpan(tail)))
             assert self.engine.activation is not None
             again = Plan((self.engine.activation.anchor(), TextSpan(ids[len(head) :])))
-            self._floor.append(self._score(again, found, question)[0])
-            self._references[key] = found, self._score(bare, found, question)[0]
+            self._floor.append(self._score(again, [found], question)[0][0])
+            self._references[key] = found, gold, self._score(bare, [found], question)[0][0]
         return self._references[key]
 
     def _selected(self, spans: Sequence[Span], share: float) -> tuple[int, ...]:

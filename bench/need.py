@@ -1,8 +1,8 @@
 """How likely is a memory needed, given what retrieval says of it: fits the scheduler's `NeedModel`.
 
-Questions of LoCoMo's dialogues; a turn is needed if it holds the question's evidence. Fitted on every other
-dialogue, scored on the ones between. What is shipped (memory/need.py) was fitted this way, never on the sets
-that the budget bench asks.
+Questions of LoCoMo's dialogues, with turns as memories and with runs of turns, about LENGTHS tokens long; one
+is needed if it holds the question's evidence. Fitted on every other dialogue, scored on the ones between. What
+is shipped (memory/need.py) was fitted this way, never on the sets that the budget bench asks.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from memos_engine.memory.operator import MemOperator
 from memos_engine.memory.store import MemoryStore
 
 CANDIDATES = 16
+LENGTHS = (0, 100, 200, 400)  # tokens; 0: a turn each
+CHARACTERS = 4.2  # a token, about
 RIDGE, STEPS = 1.0, 30
 BINS = 10
 Floats = npt.NDArray[np.float64]
@@ -43,18 +45,27 @@ def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
         found = found[:2]
     if len(found) < 2:
         raise DatasetError(f"{path} holds {len(found)} dialogue; fitting and scoring need two.")
-    sides: list[list[tuple[Floats, Floats]]] = [[], []]
+    sides: dict[int, list[list[tuple[Floats, Floats]]]] = {length: [[], []] for length in LENGTHS}
     with tempfile.TemporaryDirectory() as folder, MemoryStore.open(Path(folder) / "store") as store:
         operator = MemOperator(store, default_embedder())
         for number, dialogue in enumerate(found):
-            progress("searching", number, len(found))
-            sides[number % 2] += _questions(operator, number, dialogue)
-    fitted = fit(*_joined(sides[0]))
+            for length in LENGTHS:
+                progress("searching", number, len(found))
+                sides[length][number % 2] += _questions(operator, f"{number}-{length}", dialogue, length)
+    fitted = fit(*_joined([one for both in sides.values() for one in both[0]]))
     for name, model in (("fitted here", fitted), ("as shipped", DEFAULT_NEED)):
-        for part, side in (("fitted on", sides[0]), ("held out", sides[1])):
-            x, y = _joined(side)
-            row = {"model": name, "part": part, "questions": len(side), "n": len(y), **scores(model, x, y)}
-            document.add(f"{name} {part}", [row | {"coefficients": [round(c, 3) for c in astuple(model)]}])
+        for part, which in (("fitted on", 0), ("held out", 1)):
+            for length, both in sides.items():
+                x, y = _joined(both[which])
+                row = {
+                    "model": name,
+                    "part": part,
+                    "tokens": length or "a turn",
+                    "questions": len(both[which]),
+                }
+                row |= {"n": len(y), **scores(model, x, y)}
+                row["coefficients"] = [round(c, 3) for c in astuple(model)]
+                document.add(f"{name} {part} {length}", [row])
     document.note(
         f"The first {CANDIDATES} candidates of every question. log_loss in nats; base_log_loss: of a model "
         "that gives every candidate the same probability; calibration_error: mean distance of "
@@ -63,18 +74,36 @@ def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
     return document.finish()
 
 
-def _questions(operator: MemOperator, number: int, dialogue: Dialogue) -> list[tuple[Floats, Floats]]:
-    """Of each question: features `[candidates, 5]`, and whether each is evidence."""
-    who = Principal(DATASET, f"dialogue-{number}")
-    ids = [
-        operator.remember(who, turn.text, session=turn.session, valid_from=turn.at).id
-        for turn in dialogue.turns
-    ]
+def passages(dialogue: Dialogue, tokens: int) -> list[list[int]]:
+    """Runs of turns with about so many tokens each; with 0 every turn is one."""
+    runs: list[list[int]] = []
+    room = 0.0
+    for number, turn in enumerate(dialogue.turns):
+        if room <= 0:
+            runs.append([])
+            room = tokens
+        runs[-1].append(number)
+        room -= len(turn.text) / CHARACTERS
+    return runs
+
+
+def _questions(
+    operator: MemOperator, name: str, dialogue: Dialogue, tokens: int
+) -> list[tuple[Floats, Floats]]:
+    """Of each question: features `[candidates, 6]`, and whether each is evidence."""
+    who = Principal(DATASET, name)
+    holder: dict[int, str] = {}
+    for run in passages(dialogue, tokens):
+        turns = [dialogue.turns[number] for number in run]
+        text = "\n".join(turn.text for turn in turns)
+        cube = operator.remember(who, text, session=turns[0].session, valid_from=turns[0].at)
+        holder |= dict.fromkeys(run, cube.id)
     out = []
     for question in dialogue.questions:
-        evidence = {ids[turn] for turn in question.evidence}
+        evidence = {holder[turn] for turn in question.evidence}
         hits = operator.recall(who, question.text, k=CANDIDATES)
-        x = features([hit.score for hit in hits], [hit.relevance for hit in hits])
+        lengths = [len(hit.cube.body or "") / CHARACTERS for hit in hits]
+        x = features([hit.score for hit in hits], [hit.relevance for hit in hits], lengths)
         out.append((x, np.asarray([hit.cube.id in evidence for hit in hits], np.float64)))
     return out
 

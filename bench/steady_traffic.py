@@ -184,7 +184,9 @@ def opened(traffic: Traffic, folder: Path, tell: Callable[[str, int], None]) -> 
         folder / "store",
         # What is watched is splicing, which each request does anew.
         decoder=DecoderConfig(dtype=traffic.dtype, pool_tokens=pool, share_spliced=False),
-        memory=MemoryConfig(max_memories=traffic.taken, min_score=0.0, host_bytes=traffic.held),
+        memory=MemoryConfig(
+            max_memories=traffic.taken, min_score=0.0, distraction=0.0, host_bytes=traffic.held
+        ),
         embedder=chosen,
     ) as engine:
         engine.operator.weights = NEAREST

@@ -137,7 +137,9 @@ class MemoryConfig:
     the plan finds right. quality_tolerance: share of quality that a request without a budget gives for speed.
     ttft_budget_ms: time until the first token (docs/scheduling.md); None: the best answer. adapters: auto, or
     off: whether a plan may bind one of the owner's promoted adapters by itself (docs/parameter-memory.md).
-    max_memories: most memories of one request. min_score: cosine below which a memory is left out. build:
+    max_memories: most memories of one request. min_score: cosine below which a memory is left out.
+    distraction: what a thousand memory tokens cost an answer, as a share of what one needed memory is worth:
+    memories that promise less stay out; None: as measured (docs/scheduling.md), 0: all that fit enter. build:
     make missing KV records after the reply, off the request's path. kv_dtype: how KV is stored, in the
     model's dtype (auto) or as int8, at about half the bytes of bfloat16. contexts: what stands to the left of
     a memory while its KV for other slots than the first is made: the owner's own memories, neutral
@@ -157,6 +159,7 @@ class MemoryConfig:
     ttft_budget_ms: float | None = None
     max_memories: int = 4
     min_score: float = 0.15
+    distraction: float | None = None
     build: bool = True
     kv_dtype: str = "auto"
     contexts: str = "auto"
@@ -177,6 +180,9 @@ class MemoryConfig:
         _require(good, f"ttft_budget_ms={budget}: milliseconds, more than 0, or None for the best answer.")
         _require(self.max_memories >= 0, "max_memories: must not be negative.")
         _require(-1 <= self.min_score <= 1, "min_score: a cosine, so between -1 and 1.")
+        cost = self.distraction
+        good = cost is None or (math.isfinite(cost) and cost >= 0)
+        _require(good, f"distraction={cost}: must not be negative; None: as measured.")
         _require(
             self.kv_dtype in KV_DTYPES, f"kv_dtype={self.kv_dtype!r}: use one of {', '.join(KV_DTYPES)}."
         )

@@ -18,11 +18,14 @@ from memos_engine.decoder.record import KVRecord
 from memos_engine.decoder.sequence import KVSpan, Span, Stats, TextSpan
 from memos_engine.decoder.weights import Weights
 from memos_engine.errors import ContextLengthError, MemoryNotFoundError, MemosEngineError, OutOfPagesError
+from memos_engine.memory.costs import CostTable
 from memos_engine.memory.cube import MemCube
 from memos_engine.memory.governance import Principal
+from memos_engine.memory.need import DEFAULT_NEED, DISTRACTION, NeedModel
 from memos_engine.memory.operator import Candidate
 from memos_engine.memory.plan import Plan, PlanInput, PlanRequest, check_budget
 from memos_engine.memory.quality import DEFAULT_QUALITY, SpliceQuality, sketch
+from memos_engine.memory.residuals import Residuals
 from memos_engine.memory.scheduler import MemScheduler
 from memos_engine.outlook import Outlook, Surroundings
 from memos_engine.parameter import AdapterUse, ParameterMemory
@@ -84,14 +87,22 @@ class Preparer:
         """The scheduler for the weights of now. What was learnt of costs outlives an exchange of weights."""
         weights = self.decoder.runner.model.weights
         if self._scheduler is None:
-            self._scheduler = weights, MemScheduler(load_costs(self.decoder), self._quality(weights))
+            self._scheduler = weights, self._made(weights, load_costs(self.decoder))
         elif self._scheduler[0] is not weights:
             old = self._scheduler[1]
-            self._scheduler = (
-                weights,
-                MemScheduler(old.costs, self._quality(weights), old.need, old.residuals),
-            )
+            self._scheduler = weights, self._made(weights, old.costs, old.need, old.residuals)
         return self._scheduler[1]
+
+    def _made(
+        self,
+        weights: Weights,
+        costs: CostTable,
+        need: NeedModel = DEFAULT_NEED,
+        residuals: Residuals | None = None,
+    ) -> MemScheduler:
+        own = self.config.distraction
+        distraction = DISTRACTION if own is None else own
+        return MemScheduler(costs, self._quality(weights), need, residuals, distraction)
 
     def use(self, scheduler: MemScheduler) -> None:
         """Plans by this scheduler from now on, until the weights change; what another one learnt is its

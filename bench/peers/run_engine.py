@@ -40,7 +40,9 @@ class Worker:
             model,
             self.store / "store",
             decoder=DecoderConfig(dtype=dtype, pool_tokens=max_tokens, share_spliced=False),
-            memory=MemoryConfig(max_memories=memories, min_score=-1.0, build=False, host_bytes=1 << 30),
+            memory=MemoryConfig(
+                max_memories=memories, min_score=-1.0, distraction=0.0, build=False, host_bytes=1 << 30
+            ),
         )
         self.person = self.engine.user("bench")
         return {

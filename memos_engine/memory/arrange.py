@@ -28,9 +28,13 @@ def kind(exact: bool) -> str:
 
 
 def items_of(
-    fit: Sequence[PlanInput], request: PlanRequest, cached: int = 0, overlap: Floats | None = None
+    fit: Sequence[PlanInput],
+    request: PlanRequest,
+    distraction: float,
+    cached: int = 0,
+    overlap: Floats | None = None,
 ) -> Items:
-    """Candidates as arrays, with the forms that the request allows."""
+    """Candidates as arrays, with the forms that the request allows. distraction: `need.DISTRACTION`."""
     kv_too = request.form != "text"
 
     def array(values: Sequence[float]) -> Floats:
@@ -49,8 +53,19 @@ def items_of(
         text_worth=array([1 - PREFERENCE * (one.prefers == "kv") for one in fit]),
         kv_worth=array([1 - PREFERENCE * (one.prefers == "text") for one in fit]),
         overlap=overlaps([one.sketch for one in fit]) if overlap is None else overlap,
+        burden=array([burden(one, distraction) for one in fit]),
         cached=cached,
     )
+
+
+def burden(one: PlanInput, distraction: float) -> float:
+    """What a memory's tokens cost the others' worth."""
+    return distraction * max(one.text_tokens, one.kv.tokens) / 1e3
+
+
+def distracts(one: PlanInput) -> str:
+    """Why a memory stays out whatever time there is."""
+    return f"its {one.text_tokens} tokens would distract more than they help (need {one.need or 0.0:.2f})"
 
 
 def ahead(fit: Sequence[PlanInput], known: KnownPrefix | None) -> list[PlanInput] | None:
@@ -71,7 +86,9 @@ def as_numbers(load: Load) -> Load:
 
 def ideal_value(items: Items, most: int) -> float:
     """Value of the best memories in their best form, were there time."""
-    top = np.argsort(-items.need, kind="stable")[:most]
+    net = items.need - items.burden
+    top = np.argsort(-net, kind="stable")[:most]
+    top = top[net[top] > 0]
     forms = np.zeros((1, len(items)), np.int8)
     forms[0, top] = np.where(items.text[top] > 0, TEXT, KV)
     return float(values(items, forms, 1.0)[0])
@@ -102,6 +119,7 @@ def left_out(
     forecast: Forecast,
     choice: Choice,
     taken: int,
+    distraction: float,
 ) -> tuple[Skipped, ...]:
     """Why each of the others stays out."""
     if not left:
@@ -117,6 +135,9 @@ def left_out(
     text, kv = (text - base) / UNIT, (kv - base) / UNIT
     out = []
     for one in left:
+        if (one.need or 0.0) < burden(one, distraction):
+            out.append(told(one, distracts(one)))
+            continue
         way = f"{one.text_tokens * text:.0f} ms as text, "
         if one.kv.available and kv_too:
             way += f"{one.kv.tokens * kv:.0f} ms as KV"

@@ -24,7 +24,8 @@ class Items:
     need: probability of being needed. text, kv: tokens as text and from a record (0 where that form is not
     allowed). exact: its record is exact in slot 0. disk, mib: whether the record must be read, and its size.
     text_worth, kv_worth: factor on a form's quality (the policies' preferences). overlap `[n, n]`: what two
-    memories say both. cached: a prefix of all items that stands as text in pages: these go in, as text.
+    memories say both. burden: what each costs wherever it stands, for it draws attention from the others.
+    cached: a prefix of all items that stands as text in pages: these go in, as text.
     """
 
     need: Floats
@@ -36,6 +37,7 @@ class Items:
     text_worth: Floats
     kv_worth: Floats
     overlap: Floats
+    burden: Floats
     cached: int = 0
 
     def __len__(self) -> int:
@@ -112,7 +114,7 @@ def values(items: Items, forms: Forms, quality: Floats | float) -> Floats:
     """`[p]`: what choices are worth. quality: of a spliced memory; one number, or `[p]`."""
     text, kv = (forms == TEXT).astype(np.float64), (forms == KV).astype(np.float64)
     as_text, as_kv = items.need * items.text_worth, items.need * items.kv_worth
-    worth = text @ as_text + (kv @ as_kv) * quality
+    worth = text @ (as_text - items.burden) + (kv @ as_kv) * quality - kv @ items.burden
     if len(items):
         first, exact = _exact(items, forms)
         worth = worth + exact * as_kv[first] * (1 - np.asarray(quality))

@@ -12,32 +12,45 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+USUAL = 64.0  # tokens of a memory
+
 
 @dataclass(frozen=True)
 class NeedModel:
-    """Weights of: a constant, the cosine, the relevance, relevance as a share of the best candidate's, and
-    log2 of the rank (from 1)."""
+    """Weights of: a constant, the cosine, the relevance, relevance as a share of the best candidate's, log2 of
+    the rank (from 1), and log2 of the memory's length in USUAL tokens: who says more, says it likelier."""
 
     constant: float
     cosine: float
     relevance: float
     share: float
     rank: float
+    length: float
 
-    def __call__(self, scores: Sequence[float], relevances: Sequence[float]) -> npt.NDArray[np.float64]:
+    def __call__(
+        self, scores: Sequence[float], relevances: Sequence[float], tokens: Sequence[float]
+    ) -> npt.NDArray[np.float64]:
         """Probabilities, one a candidate; candidates are ordered most relevant first."""
-        x = features(scores, relevances)
-        z = x @ np.asarray([self.constant, self.cosine, self.relevance, self.share, self.rank])
+        x = features(scores, relevances, tokens)
+        z = x @ np.asarray([self.constant, self.cosine, self.relevance, self.share, self.rank, self.length])
         return np.asarray(1 / (1 + np.exp(-np.clip(z, -30, 30))), np.float64)
 
 
-def features(scores: Sequence[float], relevances: Sequence[float]) -> npt.NDArray[np.float64]:
-    """`[n, 5]`: what NeedModel weighs."""
+def features(
+    scores: Sequence[float], relevances: Sequence[float], tokens: Sequence[float]
+) -> npt.NDArray[np.float64]:
+    """`[n, 6]`: what NeedModel weighs."""
     relevance = np.asarray(relevances, np.float64)
     best = max(float(relevance.max(initial=0)), 1e-9)
     ranks = np.log2(np.arange(1, len(relevance) + 1, dtype=np.float64))
-    columns = [np.ones(len(relevance)), np.asarray(scores, np.float64), relevance, relevance / best, ranks]
-    return np.stack(columns, axis=1).reshape(len(relevance), 5)
+    length = np.log2(np.maximum(1.0, np.asarray(tokens, np.float64)) / USUAL)
+    score = np.asarray(scores, np.float64)
+    columns = [np.ones(len(relevance)), score, relevance, relevance / best, ranks, length]
+    return np.stack(columns, axis=1).reshape(len(relevance), 6)
 
 
-DEFAULT_NEED = NeedModel(-4.944, 0.924, 1.175, 3.627, -0.604)
+# What a thousand tokens in the window cost of what one needed memory is worth, whatever they say: a decoder
+# that reads more answers worse. Fitted on the same half of LoCoMo (docs/scheduling.md).
+DISTRACTION = 0.5
+
+DEFAULT_NEED = NeedModel(-4.944, 0.924, 1.175, 3.627, -0.604, 0.0)

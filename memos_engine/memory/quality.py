@@ -24,6 +24,7 @@ DEFAULT_KL = {
 NONE_KL = 0.45
 SAME = 0.3  # share of common three-word runs from which two memories count as saying the same
 BINS, EMPTY = 32, np.uint32(0xFFFFFFFF)
+UNKNOWN = b"\xff" * (4 * BINS)
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,7 @@ def overlaps(sketches: Sequence[bytes]) -> npt.NDArray[np.float64]:
     """`[n, n]`: estimated share of common runs (Jaccard) of each pair; below SAME, on the diagonal, and for
     memories without a sketch nothing."""
     n = len(sketches)
-    bins = np.full((n, BINS), EMPTY, np.uint32)
-    for row, one in zip(bins, sketches, strict=True):
-        if one:
-            row[:] = np.frombuffer(one, np.uint32)
+    bins = np.frombuffer(b"".join(one or UNKNOWN for one in sketches), np.uint32).reshape(n, BINS)
     ordered = np.sort(bins.ravel())
     twice = np.unique(ordered[1:][(ordered[1:] == ordered[:-1]) & (ordered[1:] != EMPTY)])
     if not len(twice):  # the usual case: nothing is said twice

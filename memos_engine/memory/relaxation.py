@@ -30,10 +30,10 @@ from memos_engine.memory.items import (
     values,
 )
 
-# Prices of a millisecond that are tried, in the best gain for one; then those around the best of these.
-COARSE = np.concatenate([[1e-6], np.geomspace(3e-3, 1.0, 6)])
-FINE = np.geomspace(0.5, 8.0, 12)  # upwards: true costs are above the lines, so true prices are, too
-ROOMS = np.asarray([0.0, 0.2, 0.7])  # of a token, likewise
+# Prices of a millisecond that are tried, in its gain where the budget ends when memories enter by what they
+# gain in one: upwards, for true costs are above the lines; downwards, for other limits may bind first.
+PRICES = np.concatenate([[1e-4, 0.1, 0.3], np.geomspace(0.5, 8.0, 11)])
+ROOMS = np.asarray([0.0, 0.2, 0.7])  # of a token, in the best gain for one
 NEAR = 16  # likeliest memories that are tried for that
 
 
@@ -51,16 +51,11 @@ def many(items: Items, shares: Sequence[tuple[float, float]], limits: Limits) ->
     # What does not even fit alone, at its lower cost, is in no choice.
     text_ms[text_ms > (budget - start)[:, None]] = np.inf
     kv_ms[kv_ms > (budget - start)[:, None]] = np.inf
-    lines, left = (text_ms, kv_ms), budget - start
-    coarse = _Gains(items, quality, lines, limits, np.broadcast_to(COARSE, (len(share), len(COARSE))))
-    near, bounds = coarse.bounds(left)
-    gains = _Gains(items, quality, lines, limits, near[:, None] * FINE)
-    bounds = np.minimum(bounds, gains.bounds(left)[1])
-    tried = coarse.choices(), gains.choices()
-    forms, which = np.concatenate([one for one, _ in tried]), np.concatenate([of for _, of in tried])
+    gains = _Gains(items, quality, (text_ms, kv_ms), limits, budget - start)
+    bound = float(gains.bounds(budget - start).max())
+    forms, which = gains.choices()
     ok, ms = _fitting(items, forms, share[which], limits)
     worth = values(items, forms, quality[which])
-    bound = float(bounds.max())
     if not ok.any():
         return [], bound
     enough = (1 - give) * float(worth[ok].max())
@@ -100,26 +95,27 @@ class _Gains:
     """What each memory gains at each set of prices: `[shares, prices, rooms, n]`."""
 
     def __init__(
-        self, items: Items, quality: Floats, lines: tuple[Floats, Floats], limits: Limits, prices: Floats
+        self, items: Items, quality: Floats, lines: tuple[Floats, Floats], limits: Limits, left: Floats
     ) -> None:
-        self.items, self.limits, self.prices = items, limits, prices
+        self.items = items
         text_ms, kv_ms = lines
         n, cached = len(items), items.cached
         self.places = max(0, limits.most - cached)
         self.room = limits.room - float(items.text[:cached].sum())
         none = -np.inf
-        text = np.where(items.text > 0, items.need * items.text_worth, none)
-        kv = np.where(items.kv > 0, items.need * items.kv_worth * quality[:, None], none)
+        text = np.where(items.text > 0, items.need * items.text_worth - items.burden, none)
+        kv = np.where(items.kv > 0, items.need * items.kv_worth * quality[:, None] - items.burden, none)
         text = np.where(np.isfinite(text_ms), text, none)
         kv = np.where(np.isfinite(kv_ms), kv, none)
         text[:, :cached] = kv[:, :cached] = none
-        text_ms, kv_ms = np.nan_to_num(text_ms, posinf=0.0), np.nan_to_num(kv_ms, posinf=0.0)
-        best = np.maximum(text / np.maximum(text_ms, 1e-6), kv / np.maximum(kv_ms, 1e-6)).max(1, initial=1e-9)
+        text_ms = np.where(np.isfinite(text_ms), text_ms, 0.0)
+        kv_ms = np.where(np.isfinite(kv_ms), kv_ms, 0.0)
+        price = _price(np.maximum(text, 0.0), np.maximum(kv, 0.0), text_ms, kv_ms, left)
         dearest = np.maximum(text, kv).max(1, initial=1e-9) / max(1.0, float(items.text.mean()) if n else 1.0)
         longest = np.sort(np.maximum(items.text, items.kv))[::-1][: limits.most]
         tight = float(longest.sum()) > limits.room
         rooms = ROOMS if tight else ROOMS[:1]
-        self.ms = best[:, None, None] * prices[:, :, None]  # the price of a millisecond
+        self.ms = (price[:, None] * PRICES)[:, :, None]  # the price of a millisecond
         self.tokens = dearest[:, None, None] * rooms[None, None, :]
         ms, tokens = self.ms[..., None], self.tokens[..., None]
         self.text = text[:, None, None] - ms * text_ms[:, None, None] - tokens * items.text
@@ -135,13 +131,12 @@ class _Gains:
         self.bonus = (1 - quality) * float(
             (items.need * items.kv_worth * items.exact * (items.kv > 0)).max(initial=0)
         )
-        self.fixed = float((items.need * items.text_worth)[:cached].sum())
+        self.fixed = float((items.need * items.text_worth - items.burden)[:cached].sum())
 
-    def bounds(self, left: Floats) -> tuple[Floats, Floats]:
-        """`[s]`, twice: the best price of a millisecond of those tried, and the least value that it and the
-        other prices leave possible with so many milliseconds."""
+    def bounds(self, left: Floats) -> Floats:
+        """`[s]`: the least value that a set of prices leaves possible with so many milliseconds."""
         if self.places == 0:
-            return self.prices[:, 0], np.full(len(left), self.fixed)
+            return np.full(len(left), self.fixed)
         net = np.maximum(self.gain - self.place[..., None], 0.0)
         total = net.sum(-1) + self.place * self.places
         first, second, twice = self.items.pairs
@@ -151,9 +146,7 @@ class _Gains:
                 used |= {i, j}
                 total = total - np.minimum(less, np.minimum(net[..., i], net[..., j]))
         total = total + self.ms * left[:, None, None] + self.tokens * self.room
-        by_price = total.min(2)
-        best = by_price.argmin(1)
-        return self.prices[np.arange(len(best)), best], by_price.min(1) + self.bonus + self.fixed
+        return np.asarray(total.min((1, 2)) + self.bonus + self.fixed, np.float64)
 
     def choices(self) -> tuple[Forms, npt.NDArray[np.intp]]:
         """Choices `[p, n]` to try, and the share that each belongs to. Of memories that say the same, the
@@ -172,6 +165,18 @@ class _Gains:
         empty = np.zeros((self.gain.shape[0], len(items)), np.int8)
         empty[:, : items.cached] = TEXT
         return np.concatenate([forms, empty]), np.concatenate([which, np.arange(self.gain.shape[0])])
+
+
+def _price(text: Floats, kv: Floats, text_ms: Floats, kv_ms: Floats, left: Floats) -> Floats:
+    """`[s]`: what a millisecond gains where the budget ends, when each memory enters in the form that gains
+    most in one, the best first."""
+    by_text, by_kv = text / np.maximum(text_ms, 1e-6), kv / np.maximum(kv_ms, 1e-6)
+    gain = np.maximum(by_text, by_kv)
+    order = np.argsort(-gain, axis=1)
+    spent = np.take_along_axis(np.where(by_text > by_kv, text_ms, kv_ms), order, axis=1).cumsum(1)
+    last = np.minimum((spent <= left[:, None]).sum(1), gain.shape[1] - 1)
+    rows = np.arange(len(gain))
+    return np.asarray(np.maximum(gain[rows, order[rows, last]], 1e-9), np.float64)
 
 
 def _fitting(

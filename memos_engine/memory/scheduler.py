@@ -8,7 +8,6 @@ before the budget is over (docs/scheduling.md).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,6 +20,8 @@ from memos_engine.memory.arrange import (
     ahead,
     arranged,
     as_numbers,
+    burden,
+    distracts,
     ideal_value,
     items_of,
     kind,
@@ -29,9 +30,9 @@ from memos_engine.memory.arrange import (
     told,
 )
 from memos_engine.memory.costs import CostTable, Load, Pricer, default_table
-from memos_engine.memory.items import EQUAL, KV, SKIP, TEXT, Choice, Items, Limits, loads
+from memos_engine.memory.items import EQUAL, KV, SKIP, TEXT, Choice, Items, Limits, loads, values
 from memos_engine.memory.knapsack import search
-from memos_engine.memory.need import DEFAULT_NEED, NeedModel
+from memos_engine.memory.need import DEFAULT_NEED, DISTRACTION, NeedModel
 from memos_engine.memory.plan import (
     Forecast,
     Plan,
@@ -40,7 +41,7 @@ from memos_engine.memory.plan import (
     Segment,
     Skipped,
 )
-from memos_engine.memory.quality import DEFAULT_QUALITY, SpliceQuality
+from memos_engine.memory.quality import DEFAULT_QUALITY, SpliceQuality, overlaps
 from memos_engine.memory.residuals import Residuals
 
 SHARES = (0.0, 0.05, 0.1, 0.15, 0.25, 0.4, 0.6)
@@ -63,17 +64,20 @@ class MemScheduler:
         quality: SpliceQuality = DEFAULT_QUALITY,
         need: NeedModel = DEFAULT_NEED,
         residuals: Residuals | None = None,
+        distraction: float = DISTRACTION,
     ) -> None:
         self.costs = costs or default_table()
         self.quality = quality
         self.need = need
         self.residuals = residuals or Residuals(self.costs.spread)
+        self.distraction = distraction
 
     def plan(self, candidates: Sequence[PlanInput], request: PlanRequest) -> Plan:
         """Decide about every candidate. Raises `MemoryInputError` for repeated ids and impossible numbers."""
         _check(candidates)
         order = sorted(candidates, key=lambda c: (-c.rank, -c.score, c.cube_id))
-        needs = self.need([one.score for one in order], [one.rank for one in order])
+        scores, ranks = [one.score for one in order], [one.rank for one in order]
+        needs = self.need(scores, ranks, [one.text_tokens for one in order])
         order = [
             one if one.need is not None else _needed(one, p)
             for one, p in zip(order, needs.tolist(), strict=True)
@@ -195,28 +199,35 @@ class MemScheduler:
         reasons: dict[str, str] = {}
         skipped: list[Skipped] = []
         used = 0
-        for one in fit:
+        alike = overlaps([one.sketch for one in fit])
+        inside: list[int] = []
+        for place, one in enumerate(fit):
             form, reasons[one.cube_id] = _form(one, request, text_only, first=not chosen)
             tokens = one.kv.tokens if form == KV else one.text_tokens
             room = request.max_memory_tokens - used
+            again = sum(alike[place, i] * min(one.need or 0.0, fit[i].need or 0.0) for i in inside)
             if len(chosen) >= request.max_memories:
                 skipped.append(told(one, f"max_memories ({request.max_memories}) is reached"))
             elif tokens > room:
                 skipped.append(told(one, _no_room(tokens, room, request)))
+            elif (one.need or 0.0) - again < burden(one, self.distraction):
+                skipped.append(told(one, distracts(one)))
             else:
                 chosen.append((one, form))
+                inside.append(place)
                 used += tokens
-        items = items_of([one for one, _ in chosen], request, overlap=np.zeros((len(chosen), len(chosen))))
+        within = alike[np.ix_(inside, inside)]
+        items = items_of([one for one, _ in chosen], request, self.distraction, overlap=within)
         forms = np.asarray([[form for _, form in chosen]], np.int8).reshape(1, len(chosen))
         load = loads(items, forms, share or 0.0)
         segments = self._segments(chosen, reasons, share or 0.0, most)
-        kept = sum(segment.value for segment in segments)
-        ideal = sum(segment.need for segment in segments)
+        kept = float(values(items, forms, self.quality.of(share or 0.0, most))[0])
+        ideal = ideal_value(items, len(items))
         return Plan(
             segments,
             tuple(skipped),
             share or 0.0,
-            quality=kept / ideal if ideal else 1.0,
+            quality=min(1.0, kept / ideal) if ideal > 0 else 1.0,
             forecast=self.forecast(price, as_numbers(load)),
         )
 
@@ -234,12 +245,14 @@ class MemScheduler:
         found: list[tuple[Choice, list[PlanInput], Items]] = []
         bound = 0.0
         limits = Limits(price, budget, request.max_memory_tokens, request.max_memories, give)
-        plain = items_of(fit, request)
+        plain = items_of(fit, request, self.distraction)
         for known in (None, *request.known):
             ordered = ahead(fit, known)
             if ordered is None:
                 continue
-            items = plain if known is None else items_of(ordered, request, len(known.cube_ids))
+            items = plain
+            if known is not None:
+                items = items_of(ordered, request, self.distraction, len(known.cube_ids))
             choices, most_possible = search(items, graded, limits)
             found += [(choice, ordered, items) for choice in choices]
             bound = max(bound, most_possible)
@@ -262,7 +275,7 @@ class MemScheduler:
         left = [one for one, form in zip(ordered, choice.forms, strict=True) if form == SKIP]
         return Plan(
             segments,
-            left_out(left, request, price, forecast, choice, len(segments)),
+            left_out(left, request, price, forecast, choice, len(segments), self.distraction),
             choice.share,
             budget,
             choice.value / ideal,
@@ -281,7 +294,7 @@ class MemScheduler:
             need = one.need or 0.0
             exact = form == TEXT or (slot == 0 and one.kv.exact_in_slot0)
             tokens = one.kv.tokens if form == KV else one.text_tokens
-            value = need * (1.0 if exact else spliced)
+            value = need * (1.0 if exact else spliced) - burden(one, self.distraction)
             name = "kv" if form == KV else "text"
             out.append(Segment(one.cube_id, name, reasons[one.cube_id], slot, tokens, one.score, need, value))
         return tuple(out)
@@ -293,12 +306,14 @@ _UNCALIBRATED = "predictions are guesses on this machine; measure it: memos-engi
 def _check(candidates: Sequence[PlanInput]) -> None:
     if len({one.cube_id for one in candidates}) != len(candidates):
         raise MemoryInputError("a memory is among the candidates twice; give each one once.")
-    for one in candidates:
-        numbers = (one.score, one.rank, one.need or 0.0)
-        if not all(map(math.isfinite, numbers)) or one.text_tokens < 0 or one.kv.tokens < 0:
-            raise MemoryInputError(
-                f"candidate {one.cube_id!r} needs a finite score and token counts of at least 0."
-            )
+    rows = [(one.score, one.rank, one.need or 0.0, one.text_tokens, one.kv.tokens) for one in candidates]
+    numbers = np.asarray(rows, np.float64).reshape(len(rows), 5)
+    bad = ~np.isfinite(numbers[:, :3]).all(1) | (numbers[:, 3:] < 0).any(1)
+    if bad.any():
+        raise MemoryInputError(
+            f"candidate {candidates[int(bad.argmax())].cube_id!r} needs a finite score and token counts of "
+            "at least 0."
+        )
 
 
 def _needed(one: PlanInput, p: float) -> PlanInput:

@@ -74,10 +74,10 @@ def test_what_cannot_be_kept_is_excluded_and_what_can_is_kept(measured):
 
 
 def test_differences_are_ours_less_each_policys(measured):
-    assert [one["name"] for one in measured["ratios"][:2]] == [
-        f"{what}: ours - {POLICIES[0].name}" for what in ("kl", "f1")
+    assert [one["name"] for one in measured["ratios"][:3]] == [
+        f"{what}: ours - {POLICIES[0].name}" for what in ("kl", "gold_kl", "f1")
     ]
-    assert len(measured["ratios"]) == 2 * 2 * len(POLICIES)
+    assert len(measured["ratios"]) == 2 * 3 * len(POLICIES)
     assert all(one["low"] <= one["value"] <= one["high"] for one in measured["ratios"])
 
 

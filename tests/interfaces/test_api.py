@@ -23,7 +23,7 @@ FACTS = ["My dog is called Biscuit.", "My sister lives in Lisbon.", "I play the 
 
 
 def open_engine(folder, store, dtype="float32", **memory):
-    config = MemoryConfig(**{"min_score": -1.0, **memory})
+    config = MemoryConfig(**{"min_score": -1.0, "distraction": 0.0, **memory})
     return MemoryEngine.open(
         folder, store, decoder=DecoderConfig(dtype=dtype), memory=config, embedder=HashingEmbedder(64)
     )

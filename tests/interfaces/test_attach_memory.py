@@ -46,7 +46,7 @@ def make(tiny_folder, tokenizer, store):
 
     def build(model=None, memory=None, **arguments):
         model = model or AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
-        memory = memory or MemoryConfig(min_score=-1)
+        memory = memory or MemoryConfig(min_score=-1.0, distraction=0.0)
         made.append(attach(model, tokenizer, store, memory=memory, embedder=HASHING, **arguments))
         return model
 
@@ -278,7 +278,9 @@ def test_a_stores_only_user_is_taken(tiny_folder, own, tokenizer, tmp_path):
         engine.user("alice").remember(FACTS["alice"])
     for store, same in ((tmp_path / "empty", True), (tmp_path / "one", False)):
         model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
-        attach(model, tokenizer, store, memory=MemoryConfig(min_score=-1), embedder=HASHING)
+        attach(
+            model, tokenizer, store, memory=MemoryConfig(min_score=-1.0, distraction=0.0), embedder=HASHING
+        )
         ids = prompt(tokenizer)
         got = model.generate(ids, max_new_tokens=8)
         assert torch.equal(got, own.generate(ids, max_new_tokens=8)) == same

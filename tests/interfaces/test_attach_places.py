@@ -33,7 +33,12 @@ def spans_of(model):
 
 def attach_all(model, tokenizer, store, **memory):
     return attach(
-        model, tokenizer, store, "alice", memory=MemoryConfig(min_score=-1, **memory), embedder=HASHING
+        model,
+        tokenizer,
+        store,
+        "alice",
+        memory=MemoryConfig(min_score=-1.0, distraction=0.0, **memory),
+        embedder=HASHING,
     )
 
 

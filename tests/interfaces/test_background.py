@@ -31,13 +31,13 @@ def started(tiny_folder, tmp_path):
     engines = []
 
     def start(**memory):
-        config = MemoryConfig(**{"min_score": -1.0, "contexts": "neutral", **memory})
+        config = MemoryConfig(**{"min_score": -1.0, "distraction": 0.0, "contexts": "neutral", **memory})
         engine = MemoryEngine.open(
             tiny_folder, tmp_path / "store", decoder=DecoderConfig(dtype="float32"), memory=config,
             embedder=HashingEmbedder(64),
         )  # fmt: skip
         engines.append(engine)
-        engine.preparer.use(MemScheduler(DEAR))
+        engine.preparer.use(MemScheduler(DEAR, distraction=0.0))
         alice = engine.user("alice")
         for fact in FACTS:
             alice.remember(fact)
@@ -196,7 +196,7 @@ def test_off_by_default_and_never_for_a_live_model(started, load, tokenizer, tmp
     engine, alice = started()
     alice.chat(QUESTION, SHORT)
     assert engine.background.transformer._thread is None
-    config = MemoryConfig(min_score=-1.0, background=True)
+    config = MemoryConfig(min_score=-1.0, distraction=0.0, background=True)
     with MemoryEngine.from_model(
         load(), tokenizer, tmp_path / "live", memory=config, embedder=HashingEmbedder(64)
     ) as live:

@@ -32,7 +32,7 @@ def started(tiny_folder, tmp_path):
     engines = []
 
     def start(**memory):
-        config = MemoryConfig(**{"min_score": -1.0, **memory})
+        config = MemoryConfig(**{"min_score": -1.0, "distraction": 0.0, **memory})
         engine = MemoryEngine.open(
             tiny_folder, tmp_path / "store", decoder=DecoderConfig(dtype="float32"), memory=config,
             embedder=HashingEmbedder(64),
@@ -43,7 +43,7 @@ def started(tiny_folder, tmp_path):
             for fact in FACTS:
                 alice.remember(fact)
             alice.warm()
-        engine.preparer.use(MemScheduler(replace(TABLE, retrieve_ms=0.5, plan_ms=0.5)))
+        engine.preparer.use(MemScheduler(replace(TABLE, retrieve_ms=0.5, plan_ms=0.5), distraction=0.0))
         return engine, alice
 
     yield start
@@ -198,7 +198,7 @@ def test_a_clock_that_jumps_harms_nothing(started, jump):
 
 
 def test_memories_kept_out_by_time_are_built_for_the_next(tiny_folder, tmp_path):
-    config = MemoryConfig(min_score=-1.0)
+    config = MemoryConfig(min_score=-1.0, distraction=0.0)
     with MemoryEngine.open(
         tiny_folder, tmp_path / "store", decoder=DecoderConfig(dtype="float32"), memory=config,
         embedder=HashingEmbedder(64),
@@ -207,7 +207,7 @@ def test_memories_kept_out_by_time_are_built_for_the_next(tiny_folder, tmp_path)
         cube = alice.remember(FACTS[0])
         rows = len(engine.layout.anchor) + len(engine.layout.query(QUESTION))
         slow = replace(TABLE, forward=((1, 1e3), (1024, 1024e3)), pairs_ms=0.0, retrieve_ms=0.1, plan_ms=0.1)
-        engine.preparer.use(MemScheduler(slow))
+        engine.preparer.use(MemScheduler(slow, distraction=0.0))
         reply = alice.chat(QUESTION, SHORT, ttft_budget_ms=(rows + 10) * 1.21e3)
         assert not reply.forms
         assert "no KV stored yet" in reply.plan.skipped[0].reason
@@ -226,8 +226,8 @@ def test_an_attached_model_keeps_a_budget(tiny_folder, tokenizer, load, tmp_path
     with MemoryEngine.open(tiny_folder, tmp_path / "store", embedder=HashingEmbedder(64)) as engine:
         engine.user("alice").remember(FACTS[0])
     model = attach(
-        load(), tokenizer, tmp_path / "store", user="alice", memory=MemoryConfig(min_score=-1.0),
-        embedder=HashingEmbedder(64),
+        load(), tokenizer, tmp_path / "store", user="alice", embedder=HashingEmbedder(64),
+        memory=MemoryConfig(min_score=-1.0, distraction=0.0),
     )  # fmt: skip
     try:
         ids = ids_of()

@@ -20,7 +20,7 @@ WINDOW = 10_000
 
 @pytest.fixture
 def engine(tiny_folder, tmp_path):
-    config = MemoryConfig(min_score=-1.0)
+    config = MemoryConfig(min_score=-1.0, distraction=0.0)
     decoder = DecoderConfig(dtype="float32")
     embedder = HashingEmbedder(64)
     with MemoryEngine.open(

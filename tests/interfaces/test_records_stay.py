@@ -30,7 +30,7 @@ def engine(request, tiny_folder, tmp_path, one_thread):
         tiny_folder,
         tmp_path / "store",
         decoder=DecoderConfig(dtype="float32", pool_tokens=4096),
-        memory=MemoryConfig(min_score=-1.0, max_memories=3, kv_dtype=request.param),
+        memory=MemoryConfig(min_score=-1.0, distraction=0.0, max_memories=3, kv_dtype=request.param),
         embedder=HashingEmbedder(64),
     ) as engine:
         alice = engine.user("alice")

@@ -21,7 +21,7 @@ QUESTION = "What is my dog called?"
 
 
 def open_engine(folder, store, **memory):
-    config = MemoryConfig(**{"min_score": -1.0, **memory})
+    config = MemoryConfig(**{"min_score": -1.0, "distraction": 0.0, **memory})
     return MemoryEngine.open(
         folder, store, decoder=DecoderConfig(dtype="float32"), memory=config, embedder=HashingEmbedder(64)
     )
@@ -183,7 +183,7 @@ def test_a_lost_form_is_built_again_after_the_reply(started):
 def test_a_pool_too_small_for_averages_says_so_once(tiny_folder, tmp_path, caplog, monkeypatch):
     """And computes nothing in vain: the first form serves in every slot."""
     decoder = DecoderConfig(dtype="float32", pool_tokens=256)
-    config = MemoryConfig(min_score=-1.0)
+    config = MemoryConfig(min_score=-1.0, distraction=0.0)
     embedder = HashingEmbedder(64)
     with MemoryEngine.open(
         tiny_folder, tmp_path / "store", decoder=decoder, memory=config, embedder=embedder

@@ -22,7 +22,7 @@ def engine(tiny_folder, tmp_path):
         tiny_folder,
         tmp_path / "store",
         decoder=DecoderConfig(dtype="float32"),
-        memory=MemoryConfig(min_score=-1.0, contexts="neutral"),
+        memory=MemoryConfig(min_score=-1.0, distraction=0.0, contexts="neutral"),
         embedder=HashingEmbedder(64),
     ) as opened:
         yield opened

@@ -9,13 +9,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import HealthCheck, settings
 
 from memos_engine.memory.governance import KeyRing, Principal
 from memos_engine.memory.store import MemoryStore
-
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")  # a busy machine is no failure
 
 
 class TickingClock:

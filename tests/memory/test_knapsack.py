@@ -42,6 +42,7 @@ def made(seed: int, n: int, cached: int = 0) -> Items:
         text_worth=np.ones(n),
         kv_worth=np.ones(n) - 0.01 * (rng.random(n) < 0.2),
         overlap=overlap + overlap.T,
+        burden=tokens / 1e3 * rng.choice([0.0, 0.5, 2.0]),
         cached=cached,
     )
 
