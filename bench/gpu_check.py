@@ -103,6 +103,7 @@ def parts(device: str, source: Path, tree: Path) -> list[Part]:
     found = [
         Part("build", ("bash", "-c", f"{configure} && cmake --build {build} -j {os.cpu_count()}"), 200),
         own("kernels", 120, shapes=shapes),
+        own("lora", 60, shapes=shapes),
         own("model", 120, shapes=shapes),
         own("writers", 60, *((small,) if device == "cpu" else (small, big))),
     ]

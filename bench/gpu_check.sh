@@ -14,6 +14,7 @@ rm -f "$tree"/memos_engine/*.so
 cp -r "$top/kernels" "$tree/memos_engine/kernels"
 cp -r "$top/bench" "$tree/memos_engine/bench"
 cp -r "$top/tests" "$tree/tests"
+cp -r "$top/csrc" "$tree/csrc"  # tests build parts of it
 export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}"
 case " $* " in *" cpu "* | *"=cpu "*) export TRITON_INTERPRET=1 ;; esac
 cd "$tree"  # so that nothing is imported from the checkout, whose folders are not laid out as the package

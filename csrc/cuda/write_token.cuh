@@ -4,21 +4,11 @@
 // the bits of the reference.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <type_traits>
 
-#include "memos_engine/kernels.h"
+#include "elements.cuh"
 
 namespace memos_engine::cuda {
-
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widen(__half x) { return __half2float(x); }
-__device__ inline void narrow(float* to, float x) { *to = x; }
-__device__ inline void narrow(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
-__device__ inline void narrow(__half* to, float x) { *to = __float2half_rn(x); }
 
 // One head's source values as floats.
 template <class From>
@@ -133,21 +123,6 @@ __device__ void write_token(const KvWrite& a, int64_t layer, int64_t token) {
 inline int threads_for(const KvWrite& a) {
     const int64_t elements = a.kv_heads * a.head_dim;
     return elements >= 256 ? 256 : elements > 128 ? 256 : elements > 64 ? 128 : 64;
-}
-
-// Calls f with a null pointer of the element type.
-template <class F>
-void with_type(DType dtype, F&& f) {
-    switch (dtype) {
-        case DType::f32:
-            return f((float*)nullptr);
-        case DType::bf16:
-            return f((__nv_bfloat16*)nullptr);
-        case DType::f16:
-            return f((__half*)nullptr);
-        case DType::i8:
-            return f((int8_t*)nullptr);
-    }
 }
 
 // Calls f with null pointers of both element types, that of the sources (int8 by their scales) and that of

@@ -215,6 +215,8 @@ def describe() -> dict[str, dict[str, Any]]:
         table["cpu"] = {"native": True, "isa": cpu.isa(), "isa_available": cpu.available()}
     for op in ("append_kv", "splice_kv"):
         table[op]["cuda"] = "native" if native else on_cuda
+    if native:
+        table["lora_apply"]["cuda"] = f"native for few rows, {on_cuda} for more"
     table["linear"]["cuda"] = "torch"
     table["cuda"] = {"available": torch.cuda.is_available(), "native": native, "triton": triton}
     return table

@@ -206,6 +206,8 @@ def lora_apply(
                     f"a delta of {part} is for {delta.a.shape[1]} inputs and {delta.outputs} outputs, "
                     f"not {x.shape[1]} and {outs[index].shape[1]}"
                 )
+            if delta.rank > table.max_rank:
+                _fail(f"a delta of {part} has rank {delta.rank}, the table is for {table.max_rank} at most")
             if delta.a.dtype != x.dtype:
                 _fail(f"a delta of {part} is {delta.a.dtype}, x is {x.dtype}; pack it for this model")
 

@@ -1,4 +1,4 @@
-"""The backend of CUDA tensors: native writers where nvcc built them, Triton, else the reference."""
+"""The backend of CUDA tensors: native kernels where nvcc built them, Triton, else the reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from memos_engine.ops import dense as dense_ops
 from memos_engine.ops import reference
 from memos_engine.ops.int8_kv import NO_SCALES, dequantize_v, native_arguments, page_arguments
-from memos_engine.ops.lora import LoraRows, LoraTable
+from memos_engine.ops.lora import PARTS, LoraRows, LoraTable
 from memos_engine.ops.reference import linear
 
 __all__ = [
@@ -32,6 +32,8 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Rows with an adapter up to which the native kernel serves; it reads a and b anew for each four of them.
+LORA_ROWS = 64
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
@@ -180,7 +182,27 @@ def silu_mul(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
 def lora_apply(
     x: Tensor, outs: Sequence[Tensor], table: LoraTable, layer: int, parts: Sequence[str], rows: LoraRows
 ) -> None:
-    _triton_for(x).lora_apply(x, outs, table, layer, parts, rows)
+    ops = _triton_for(x)
+    segments, count = rows.slot.shape[0], rows.order.shape[0]
+    if not _native or ops is not _triton or count > LORA_ROWS or table.max_rank > _native.LORA_MAX_RANK:
+        ops.lora_apply(x, outs, table, layer, parts, rows)
+    elif segments and count:
+        lists = (table.pointers, rows.order, rows.start, rows.slot, rows.scale)
+        _native.lora_apply(
+            x.data_ptr(),
+            [out.data_ptr() for out in outs],
+            [PARTS.index(part) for part in parts],
+            [out.shape[1] for out in outs],
+            [out.stride(0) for out in outs],
+            _DTYPES[x.dtype],
+            *x.shape,
+            x.stride(0),
+            layer,
+            [t.data_ptr() for t in lists],
+            [segments, count, table.pointers.shape[0], table.layers],
+            table.max_rank,
+            torch.cuda.current_stream(x.device).cuda_stream,
+        )
 
 
 @_on_its_device
