@@ -7,9 +7,11 @@ python -m memos_engine.bench.gpu_model DEVICE SHAPES TARGET
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from memos_engine.bench.gpu_lora import rows_of, table_of
 from memos_engine.bench.gpu_timing import Rows, ceilings_of, median_ms
 from memos_engine.bench.limits import Limits
 from memos_engine.bench.options import Options
@@ -20,6 +22,7 @@ from memos_engine.decoder.graphs import GraphRunner, graph_runner
 from memos_engine.decoder.kvcache import KVCache
 from memos_engine.decoder.layers import StepInput
 from memos_engine.decoder.model import PagedDecoder
+from memos_engine.ops.lora import LoraTable
 
 PAGE = 16
 
@@ -53,6 +56,11 @@ def main() -> None:
     graphs = GraphRunner(model, cache, recorder=Again()) if small else graph_runner(model, cache)
     for requests, keys, count in steps:
         _measure(rows, model, cache, graphs, limits, requests, keys, count)
+    hidden, inner = model.weights.layers[0].down.shape
+    table = table_of((16,) * 4, hidden, {"gate": inner, "up": inner}, spec.num_layers, dtype, device)
+    for requests, keys, count in steps:
+        if count == 1:
+            _measure(rows, model, cache, graphs, limits, requests, keys, count, table)
     wrong = [row for row in rows.rows if row["graph_differs"] is True]
     print(f"{len(wrong)} graphs differ" if wrong else f"{len(rows.rows)} rows")
     raise SystemExit(bool(wrong))
@@ -84,10 +92,16 @@ def _measure(
     requests: int,
     keys: int,
     count: int,
+    table: LoraTable | None = None,
 ) -> None:
-    """First tokens on the host: the forward, logits of the last rows, argmax."""
+    """First tokens on the host: the forward, logits of the last rows, argmax. table: of adapters for all rows
+    but the last of several."""
     device = cache.k.device
     step = step_input(cache, model.spec.vocab_size, requests, keys, count)
+    if table is not None:
+        slots = [i % len(table.fills) for i in range(requests)]
+        slots[-1] = slots[-1] if requests == 1 else -1
+        step = replace(step, lora=(table, rows_of(slots, device)))
     last = None if count == 1 else step.query_start[1:].long() - 1
 
     def eager() -> Tensor:
@@ -108,7 +122,7 @@ def _measure(
     best = min(eager_ms, graph_ms or eager_ms)
     rows.add(
         op="decode" if count == 1 else "prefill",
-        shape=f"{requests} x {count} rows behind {keys} keys",
+        shape=f"{requests} x {count} rows behind {keys} keys" + (", adapters" if table else ""),
         backend=model.ops.NAME,
         ms_eager=eager_ms,
         ms_graph=graph_ms,

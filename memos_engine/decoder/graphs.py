@@ -2,7 +2,8 @@
 
 A step is copied into fixed buffers, padded to the next size that has a graph. Padding computes and writes
 nothing that anybody reads: its slots are negative, and it looks at the null block or at the keys of its own
-request.
+request. Steps with adapters have graphs of their own, so that others launch nothing for them; which rows have
+which slot is copied in with the rest, and what a slot holds is read when the graph runs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from memos_engine.decoder.kvcache import KVCache
 from memos_engine.decoder.layers import StepInput
 from memos_engine.decoder.model import PagedDecoder
 from memos_engine.decoder.weights import Weights
+from memos_engine.ops.lora import SEGMENT_ROWS, LoraRows, LoraTable
 
 log = logging.getLogger("memos_engine")
 
@@ -80,7 +82,8 @@ class GraphRunner:
     """Runs decoding steps of up to `max_batch` requests, and short prefills of one request, as graphs.
 
     A size's graph is recorded when a step first needs it, or by `record_all`. New weights or a new `cache`
-    drop all graphs; values written into the same tensors need no new ones.
+    drop all graphs, another table of adapters those with adapters; values written into the same tensors need
+    no new ones.
     """
 
     def __init__(
@@ -96,15 +99,19 @@ class GraphRunner:
         self.batches = _batches(max_batch)
         self.prefill_rows = tuple(sorted(prefill_rows))
         self._recorder = recorder
-        self._graphs: dict[tuple[bool, int], Graph] = {}
+        self._graphs: dict[tuple[bool, bool, int], Graph] = {}  # by prefill, adapters, rows
         self._recorded_for: tuple[Weights, KVCache] | None = None
-        self._broken = False
+        self._table: LoraTable | None = None  # the one that graphs with adapters read
+        self._broken: set[bool] = set()  # recording failed, without and with adapters
+        rows = max(self.batches[-1], *self.prefill_rows, 1)
         self._buffers = _buffers(
             requests=self.batches[-1],
-            rows=max(self.batches[-1], *self.prefill_rows, 1),
+            rows=rows,
             width=-(-model.spec.max_positions // cache.page),
             device=device,
         )
+        self._lora = _lora_buffers(rows, device)
+        self._lora_loaded: tuple[Graph, LoraRows] | None = None  # what `_lora` holds
 
     @torch.inference_mode()
     def run(self, step: StepInput, rows: Tensor | None = None) -> Tensor | None:
@@ -114,51 +121,67 @@ class GraphRunner:
         captured for a record must run eagerly.
         """
         requests, tokens = step.seq_lens.shape[0], step.token_ids.shape[0]
-        if step.lora is not None:
-            return None  # graphs are recorded without adapters
+        table, adapted = step.lora or (None, None)
         prefill = requests != tokens
         size = _fitting(self.prefill_rows if prefill else self.batches, tokens)
         too_wide = step.block_table.shape[1] > self._buffers.block_table.shape[1]
-        if size is None or self._broken or too_wide or (prefill and requests != 1):
+        if size is None or too_wide or (prefill and requests != 1):
             return None
-        graph = self._graph(prefill, size)
+        if adapted is not None and adapted.slot.shape[0] > _segments(prefill, size):
+            return None
+        graph = self._graph(prefill, size, table)
         if graph is None:
             return None
         self._load(step, prefill, size)
+        if adapted is not None:
+            self._load_adapters(graph, adapted)
         graph.replay()
         # A copy: the next step writes over `out`.
         return graph.out[:tokens].clone() if rows is None else graph.out[rows]
 
     @torch.inference_mode()
-    def record_all(self) -> None:
-        """Records every size, the largest first: smaller ones then fit into its memory."""
-        for size in reversed(self.prefill_rows):
-            self._graph(True, size)
-        for size in reversed(self.batches):
-            self._graph(False, size)
+    def record_all(self, table: LoraTable | None = None) -> None:
+        """Records every size, the largest first: smaller ones then fit into its memory. table: adapters, for
+        a second set of graphs where it has slots."""
+        for adapters in (None, table) if table is not None and table.fills else (None,):
+            for size in reversed(self.prefill_rows):
+                self._graph(True, size, adapters)
+            for size in reversed(self.batches):
+                self._graph(False, size, adapters)
 
     def drop(self) -> None:
         """Forgets all graphs and their memory."""
         self._graphs.clear()
-        self._recorded_for = None
+        self._recorded_for = self._lora_loaded = None
 
-    def _graph(self, prefill: bool, size: int) -> Graph | None:
+    def _drop_adapted(self) -> None:
+        self._graphs = {key: graph for key, graph in self._graphs.items() if not key[1]}
+        self._lora_loaded = None
+
+    def _graph(self, prefill: bool, size: int, table: LoraTable | None) -> Graph | None:
         """The graph of one size, recorded if need be; None once recording has failed."""
         now = self._recorded_for
         if now is None or now[0] is not self.model.weights or now[1] is not self.cache:
             self.drop()
             self._recorded_for = (self.model.weights, self.cache)
-        key = (prefill, size)
-        if key not in self._graphs and not self._broken:
+        with_adapters = table is not None
+        if with_adapters and self._table is not table:
+            self._drop_adapted()
+            self._table = table
+        key = (prefill, with_adapters, size)
+        if key not in self._graphs and with_adapters not in self._broken:
             try:
-                self._graphs[key] = self._record(prefill, size)
+                self._graphs[key] = self._record(prefill, size, table)
             except RuntimeError as error:
-                log.warning("memos_engine: CUDA graphs are off, a step could not be recorded: %s", error)
-                self._broken = True
-                self.drop()
+                off = (
+                    "CUDA graphs are off for steps with adapters" if with_adapters else "CUDA graphs are off"
+                )
+                log.warning("memos_engine: %s, a step could not be recorded: %s", off, error)
+                self._broken |= {True} if with_adapters else {True, False}
+                self._drop_adapted() if with_adapters else self.drop()
         return self._graphs.get(key)
 
-    def _record(self, prefill: bool, size: int) -> Graph:
+    def _record(self, prefill: bool, size: int, table: LoraTable | None) -> Graph:
         if self._recorder is None:
             self._recorder = CudaRecorder(self.model.weights.device)
         buffers = self._buffers
@@ -166,6 +189,7 @@ class GraphRunner:
         for tensor, idle in zip(_tensors(buffers), (0, 0, -1, 0, 1), strict=True):
             tensor.fill_(idle)
         requests = 1 if prefill else size
+        lora = None if table is None else (table, self._idle_adapters(prefill, size))
         device = buffers.token_ids.device
         step = StepInput(
             token_ids=buffers.token_ids[:size],
@@ -175,6 +199,7 @@ class GraphRunner:
             block_table=buffers.block_table[:requests],
             seq_lens=buffers.seq_lens[:requests],
             max_query_len=size // requests,
+            lora=lora,
         )
         model, cache = self.model, self.cache
         replay, out = self._recorder.record(lambda: model.forward(step, cache))
@@ -201,6 +226,32 @@ class GraphRunner:
             buffers.seq_lens[padding] = 1
             buffers.block_table[padding, :1] = 0
 
+    def _idle_adapters(self, prefill: bool, size: int) -> LoraRows:
+        """Views for one graph, that say that no row has an adapter."""
+        lora, segments = self._lora, _segments(prefill, size)
+        self._lora_loaded = None
+        lora.slot.fill_(-1)
+        for tensor in (lora.order, lora.start, lora.scale):
+            tensor.zero_()
+        return LoraRows(
+            lora.order[:size], lora.start[: segments + 1], lora.slot[:segments], lora.scale[:segments]
+        )
+
+    def _load_adapters(self, graph: Graph, rows: LoraRows) -> None:
+        """The rows by adapter into a graph's views, and segments of nothing behind them. The same ones are
+        there already: the runner keeps them while steps have the same."""
+        there = self._lora_loaded
+        if graph.step.lora is None or (there is not None and there[0] is graph and there[1] is rows):
+            return
+        into, segments, count = graph.step.lora[1], rows.slot.shape[0], rows.order.shape[0]
+        into.order[:count] = rows.order
+        into.start[: segments + 1] = rows.start
+        into.start[segments + 1 :] = count
+        into.slot[:segments] = rows.slot
+        into.slot[segments:] = -1
+        into.scale[:segments] = rows.scale
+        self._lora_loaded = graph, rows
+
 
 def _batches(most: int) -> tuple[int, ...]:
     """1, 2, 4, 8 and so on up to `most`, which is one of them."""
@@ -211,6 +262,16 @@ def _batches(most: int) -> tuple[int, ...]:
 def _fitting(sizes: tuple[int, ...], count: int) -> int | None:
     at = bisect.bisect_left(sizes, count)
     return sizes[at] if count and at < len(sizes) else None
+
+
+def _segments(prefill: bool, rows: int) -> int:
+    """Most segments of a step: each request may have an adapter of its own."""
+    return -(-rows // SEGMENT_ROWS) if prefill else rows
+
+
+def _lora_buffers(rows: int, device: torch.device) -> LoraRows:
+    order, start, slot = (torch.zeros(n, dtype=torch.int32, device=device) for n in (rows, rows + 1, rows))
+    return LoraRows(order, start, slot, torch.zeros(rows, device=device))
 
 
 def _buffers(requests: int, rows: int, width: int, device: torch.device) -> StepInput:
