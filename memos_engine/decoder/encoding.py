@@ -11,13 +11,27 @@ import torch
 from torch import Tensor
 
 from memos_engine.config import DecoderConfig, SamplingParams
+from memos_engine.decoder.adapters import AdapterBinding
 from memos_engine.decoder.batcher import Batcher, Rows
 from memos_engine.decoder.layers import KVCapture
 from memos_engine.decoder.runner import ModelRunner
 from memos_engine.decoder.sequence import Sequence, TextSpan
+from memos_engine.errors import AdapterError
 
 # Left contexts have a corner of the prefix index to themselves: no request's pages are found by it.
 ROOT = b"memos_engine.left_context"
+
+
+def require_base(adapter: AdapterBinding | None, end: int, layers: int) -> None:
+    """Raises AdapterError where an adapter would change K or V of positions before `end`: what is stored of a
+    memory is the base model's, so that it serves whatever adapter acts behind it."""
+    if adapter is None or adapter.active_from >= end or not adapter.state(layers):
+        return
+    raise AdapterError(
+        f"K and V are stored as the base model computes them, but adapter {adapter.adapter.digest[:12]} acts "
+        f"from position {adapter.active_from} on, and the span ends at {end}. Encode it without, and let "
+        f"requests bind theirs behind it (active_from={end} or more), or give the memory as text."
+    )
 
 
 class SpanEncoder:

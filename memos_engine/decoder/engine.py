@@ -17,12 +17,13 @@ from memos_engine.config import DecoderConfig, Recompute, SamplingParams
 from memos_engine.decoder.adapters import AdapterBinding, AdapterSlots
 from memos_engine.decoder.batcher import Batcher, Rows
 from memos_engine.decoder.blocks import BlockPool
-from memos_engine.decoder.encoding import SpanEncoder
+from memos_engine.decoder.deciding import Decider
+from memos_engine.decoder.encoding import SpanEncoder, require_base
 from memos_engine.decoder.kvcache import KVCache
 from memos_engine.decoder.model import PagedDecoder
 from memos_engine.decoder.runner import ModelRunner
-from memos_engine.decoder.sampler import Sampler, sample
-from memos_engine.decoder.sequence import NO_TOKEN, NOTHING, Sequence, Span, StepOutput, require_known_ids
+from memos_engine.decoder.sampler import Sampler
+from memos_engine.decoder.sequence import NOTHING, Sequence, Span, StepOutput, require_known_ids
 from memos_engine.decoder.session import Session
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.decoder.weights import Weights
@@ -53,7 +54,7 @@ class DecoderEngine:
         self.runner.adapters = self.adapters.table
         self.batcher = Batcher(self.pool, spec.max_positions, self.config)
         self._encoder = SpanEncoder(self.batcher, self.runner, self.config)
-        self._samplers: dict[int, Sampler] = {}
+        self._decider = Decider(self.batcher, self.abort)
         self._lock = threading.RLock()
 
     @property
@@ -123,7 +124,7 @@ class DecoderEngine:
             self.batcher.check(seq)
             self.adapters.bind(seq)
             self.batcher.add(seq)
-            self._samplers[seq.id] = sampler
+            self._decider.add(seq, sampler)
             if session is not None:
                 session.request = seq
         return seq
@@ -137,7 +138,7 @@ class DecoderEngine:
         with self._lock:
             failed = self._admit()
             ready, logits, more = self._forward(self.batcher.next_rows())
-            return failed + more + self._decide(ready, logits)
+            return failed + more + self._decider.decide(ready, logits)
 
     def generate(
         self,
@@ -175,7 +176,7 @@ class DecoderEngine:
                 raise MemoryInputError("The request does not wait for a token; step until it has logits.")
             if not 0 <= token < self.spec.vocab_size:
                 raise MemoryInputError(f"Token {token} is outside the vocabulary of {self.spec.vocab_size}.")
-            if len(seq.tokens) >= self._longest():
+            if len(seq.tokens) >= self._decider.longest:
                 raise MemoryInputError(
                     f"The request has {len(seq.tokens)} tokens, all that the window holds."
                 )
@@ -187,17 +188,14 @@ class DecoderEngine:
         """Ends a request of the caller's sampling as a success: its exact pages may be reused."""
         with self._lock:
             if seq.finish_reason is None:
-                seq.finish_reason = reason
-                seq.stats.total_ms = seq.stats.since_created()
-                self._samplers.pop(seq.id, None)
-                self.batcher.finish(seq)
+                self._decider.finish(seq, reason)
 
     def abort(self, seq: Sequence) -> None:
         """Ends a request now, if it has not ended, and returns its pages. Safe to repeat."""
         with self._lock:
             seq.finish_reason = seq.finish_reason or "abort"
             seq.logits = None
-            self._samplers.pop(seq.id, None)
+            self._decider.forget(seq)
             self.runner.settle()  # its pages may be somebody else's next
             self.batcher.drop(seq)
 
@@ -224,14 +222,24 @@ class DecoderEngine:
 
     # -- records ---------------------------------------------------------------------------------
 
-    def encode_span(self, left: Seq[int], span: Seq[int]) -> tuple[Tensor, Tensor]:
+    def encode_span(
+        self, left: Seq[int], span: Seq[int], adapter: AdapterBinding | None = None
+    ) -> tuple[Tensor, Tensor]:
         """K before RoPE and V of `span` behind the tokens `left`: `[layers, tokens, kv_heads, head_dim]`, the
-        very bits that a full prefill of both computes."""
+        very bits that a full prefill of both computes.
+
+        They are the base model's: raises AdapterError for an adapter that would change them. Raises
+        ContextLengthError or OutOfPagesError for what can never run.
+        """
+        require_base(adapter, len(left) + len(span), self.spec.num_layers)
         with self._lock:
             return self._encoder.encode_alone(left, span)
 
-    def encode_spans(self, left: Seq[int], spans: Seq[Seq[int]]) -> list[tuple[Tensor, Tensor]]:
+    def encode_spans(
+        self, left: Seq[int], spans: Seq[Seq[int]], adapter: AdapterBinding | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         """The same for each of several spans; `left` is computed once, which may change last bits."""
+        require_base(adapter, len(left) + max(map(len, spans), default=0), self.spec.num_layers)
         with self._lock:
             return self._encoder.encode_behind(left, spans)
 
@@ -282,7 +290,7 @@ class DecoderEngine:
                 first.stats.queue_ms = first.stats.queue_ms or (start - first.stats.created) * 1e3
                 first.stats.splice_ms += (time.perf_counter() - start) * 1e3
             except Exception as error:
-                failed.append(self._fail(first, error))
+                failed.append(self._decider.fail(first, error))
             except BaseException:  # an interrupt: the request starts over, should anybody still want it
                 self.abort(first)
                 raise
@@ -299,7 +307,7 @@ class DecoderEngine:
             logits: Tensor | None = self.runner.run(batch)
         except Exception as error:
             if len(batch) == 1:
-                return [], None, [self._fail(batch[0][0], error)]
+                return [], None, [self._decider.fail(batch[0][0], error)]
             return self._one_by_one(batch)
         spent = (time.perf_counter() - start) * 1e3
         ready: list[int] = []
@@ -340,61 +348,3 @@ class DecoderEngine:
             if logits is not None and done:
                 found.append(logits)
         return ready, torch.cat(found) if found else None, failed
-
-    def _decide(self, ready: list[Sequence], logits: Tensor | None) -> list[StepOutput]:
-        """A token for each request whose rows are all computed, or its logits for its caller."""
-        outputs: list[StepOutput] = []
-        if logits is None or not ready:
-            return outputs
-        rows = [i for i, seq in enumerate(ready) if seq.sampled]
-        samplers = [self._samplers[ready[i].id] for i in rows]
-        chosen = dict(zip(rows, sample(samplers, logits, rows), strict=True))
-        for index, seq in enumerate(ready):
-            first = seq.stats.ttft_ms == 0.0
-            if first:
-                seq.stats.ttft_ms = seq.stats.since_created()
-                self.batcher.publish(seq)
-            if not seq.sampled:
-                seq.logits = logits[index]
-                outputs.append(self._tell(StepOutput(seq, NO_TOKEN, None)))
-                continue
-            token = chosen[index]
-            outputs.append(
-                self._fail(seq, token) if isinstance(token, Exception) else self._advance(seq, token)
-            )
-        return outputs
-
-    def _advance(self, seq: Sequence, token: int) -> StepOutput:
-        computed = seq.computed
-        seq.tokens.append(token)
-        if token in seq.params.stop_token_ids:
-            seq.finish_reason = "stop"
-        elif len(seq.output) >= seq.params.max_new_tokens or len(seq.tokens) >= self._longest():
-            seq.finish_reason = "length"
-        seq.pending = [computed]
-        if seq.finish_reason is not None:
-            seq.stats.total_ms = seq.stats.since_created()
-            self._samplers.pop(seq.id, None)
-            self.batcher.finish(seq)
-        return self._tell(StepOutput(seq, token, seq.finish_reason))
-
-    def _fail(self, seq: Sequence, error: BaseException) -> StepOutput:
-        seq.error, seq.finish_reason = error, "error"
-        self.abort(seq)
-        return self._tell(StepOutput(seq, NO_TOKEN, "error"))
-
-    def _tell(self, output: StepOutput) -> StepOutput:
-        """Hands an output to the request's listener; one that raises ends its own request only."""
-        listener = output.sequence.on_output
-        if listener is not None:
-            try:
-                listener(output)
-            except Exception as error:
-                output.sequence.on_output = None
-                if output.sequence.finish_reason is None:
-                    return self._fail(output.sequence, error)
-                output.sequence.error = output.sequence.error or error
-        return output
-
-    def _longest(self) -> int:
-        return min(self.spec.max_positions, self.pool_tokens)

@@ -352,3 +352,27 @@ def test_slots_run_out_and_come_back(engine):
         slots.acquire(one_more)
     slots.release(held[3].digest)
     assert slots.acquire(one_more) == 3
+
+
+def test_spans_are_stored_as_the_base_computes_them(engine):
+    """Under no adapter that changes K or V, whether its caller names it or another request runs under it."""
+    left, span = list(range(1, 9)), list(range(20, 40))
+    base = engine.encode_span(left, span)
+    for binding in (bind(adapter(1)), bind(adapter(1), active_from=27), bind(adapter(1), approximate=True)):
+        with pytest.raises(AdapterError, match=r"base model.*the span ends at 28.*active_from=28"):
+            engine.encode_span(left, span, binding)
+        with pytest.raises(AdapterError, match="the span ends at 28"):
+            engine.encode_spans(left, [span[:3], span], binding)
+    harmless = bind(adapter(1), active_from=28), bind(adapter(1), scale=0.0)
+    for binding in (*harmless, bind(adapter(4, names=("gate", "down"), layers=(2,))), None):
+        for mine, wanted in zip(engine.encode_span(left, span, binding), base, strict=True):
+            assert torch.equal(mine, wanted)
+        assert len(engine.encode_spans(left, [span[:3], span], binding)) == 2
+    seq = engine.add_request([TextSpan(tuple(left + span))], sampled=False, adapter=bind(adapter(1)))
+    while seq.logits is None:
+        engine.step()
+    for mine, wanted in zip(engine.encode_span(left, span), base, strict=True):
+        assert torch.equal(mine, wanted)
+    engine.abort(seq)
+    engine.check_integrity()
+    assert engine.encode_spans(left, [], bind(adapter(1), active_from=8)) == []
