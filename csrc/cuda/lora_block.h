@@ -38,7 +38,7 @@ inline int64_t lora_shared_bytes(int64_t max_rank) {
 
 // Outputs of one tile: every tile shrinks for itself, so there are no more than it takes to fill a device.
 inline int64_t lora_tile_outputs(const Lora& a) {
-    constexpr int64_t kBlocks = 512;  // that fill one
+    constexpr int64_t kBlocks = 128;  // that fill one, as few at a time fit a multiprocessor
     int64_t outputs = 0;
     for (int i = 0; i < a.parts; ++i) outputs += a.outputs[i];
     const int64_t wanted = a.rows.segments < kBlocks ? kBlocks / a.rows.segments : 1;
