@@ -59,11 +59,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sought:
-    """A question, its category, and the numbers of the turns that hold its evidence (at least one)."""
+    """A question, its category, the numbers of the turns that hold its evidence (at least one), and the
+    answer (empty: there is none)."""
 
     text: str
     category: str
     evidence: tuple[int, ...]
+    answer: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def _dialogue(raw: dict[str, Any]) -> Dialogue:
         named = [(int(a), int(b)) for one in item["evidence"] for a, b in _EVIDENCE.findall(one)]
         evidence = tuple(dict.fromkeys(place[one] for one in named if one in place))
         if evidence:
-            questions.append(Sought(item["question"], CATEGORIES[item["category"]], evidence))
+            answer, category = str(item.get("answer", "")), CATEGORIES[item["category"]]
+            questions.append(Sought(item["question"], category, evidence, answer))
     return Dialogue(tuple(turns), tuple(questions))
 
 

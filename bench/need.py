@@ -1,8 +1,8 @@
 """How likely is a memory needed, given what retrieval says of it: fits the scheduler's `NeedModel`.
 
-Questions of LoCoMo's dialogues, with turns as memories and with runs of turns, about LENGTHS tokens long; one
-is needed if it holds the question's evidence. Fitted on every other dialogue, scored on the ones between. What
-is shipped (memory/need.py) was fitted this way, never on the sets that the budget bench asks.
+Questions of LoCoMo's dialogues, with turns as memories and with runs of turns, about LENGTHS tokens long; a
+memory is needed if it holds the question's evidence. Fitted on every other dialogue, scored on the ones
+between. What is shipped (memory/need.py) was fitted this way, never on the sets that the budget bench asks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from memos_engine.bench.document import Document
+from memos_engine.bench.document import Document, Row
 from memos_engine.bench.locomo import Dialogue, dialogues
 from memos_engine.bench.options import Options, Progress, silent
 from memos_engine.bench.retrieval import DATASET
@@ -57,14 +57,9 @@ def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
         for part, which in (("fitted on", 0), ("held out", 1)):
             for length, both in sides.items():
                 x, y = _joined(both[which])
-                row = {
-                    "model": name,
-                    "part": part,
-                    "tokens": length or "a turn",
-                    "questions": len(both[which]),
-                }
-                row |= {"n": len(y), **scores(model, x, y)}
-                row["coefficients"] = [round(c, 3) for c in astuple(model)]
+                row: Row = {"model": name, "part": part, "tokens": length or "a turn"}
+                row |= {"questions": len(both[which]), "n": len(y), **scores(model, x, y)}
+                row |= {"coefficients": [round(c, 3) for c in astuple(model)]}
                 document.add(f"{name} {part} {length}", [row])
     document.note(
         f"The first {CANDIDATES} candidates of every question. log_loss in nats; base_log_loss: of a model "
@@ -87,17 +82,23 @@ def passages(dialogue: Dialogue, tokens: int) -> list[list[int]]:
     return runs
 
 
-def _questions(
-    operator: MemOperator, name: str, dialogue: Dialogue, tokens: int
-) -> list[tuple[Floats, Floats]]:
-    """Of each question: features `[candidates, 6]`, and whether each is evidence."""
-    who = Principal(DATASET, name)
+def remembered(operator: MemOperator, who: Principal, dialogue: Dialogue, tokens: int) -> dict[int, str]:
+    """Remembers `passages`; by number of a turn: the id of the memory that holds it."""
     holder: dict[int, str] = {}
     for run in passages(dialogue, tokens):
         turns = [dialogue.turns[number] for number in run]
         text = "\n".join(turn.text for turn in turns)
         cube = operator.remember(who, text, session=turns[0].session, valid_from=turns[0].at)
         holder |= dict.fromkeys(run, cube.id)
+    return holder
+
+
+def _questions(
+    operator: MemOperator, name: str, dialogue: Dialogue, tokens: int
+) -> list[tuple[Floats, Floats]]:
+    """Of each question: features `[candidates, 6]`, and whether each is evidence."""
+    who = Principal(DATASET, name)
+    holder = remembered(operator, who, dialogue, tokens)
     out = []
     for question in dialogue.questions:
         evidence = {holder[turn] for turn in question.evidence}

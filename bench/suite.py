@@ -33,6 +33,7 @@ BENCHES: dict[str, str] = {
     "lora": "lora",
     "retrieval": "retrieval",
     "need": "need",
+    "distraction": "distraction",
     "steady": "steady",
     "store": "store",
     "budget": "budget",

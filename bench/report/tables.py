@@ -55,7 +55,8 @@ ORDER = {
     "budget": "policy budget_ms requests excluded_share met_share ttft_ms_p50 ttft_ms_p95 "
     "predicted_error_p50 quality kl_mean answer_f1 memories_mean kv_share recompute_mean "
     "schedule_ms_p50 candidates plan_ms_p50 plan_ms_p95 gap_p50 gap_p95",
-    "need": "model part questions n base_rate log_loss base_log_loss calibration_error coefficients",
+    "distraction": "part tokens memories questions found other_tokens log_likelihood answer_f1",
+    "need": "model part tokens questions n base_rate log_loss base_log_loss calibration_error coefficients",
     "budget-simulated": "policy admission load engines cubes requests met_share ttft_ms_p50 ttft_ms_p95 "
     "predicted_error_p50 quality memories_mean kv_share system workload ttft_ms_mean",
     "store": "system cubes add_ms_p50 add_ms_p95 fsync_ms_p95 search_ms_p50 search_ms_p95 get_ms_p50 "

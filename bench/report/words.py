@@ -76,6 +76,12 @@ BENCHES = {
         "every other dialogue of LoCoMo and scored on the ones between, beside the numbers that the "
         "scheduler is shipped with.",
     ),
+    "distraction": (
+        "What memories that are not needed cost",
+        "Answers behind the first few memories that retrieval finds, as full prefill: a decoder that reads "
+        "more answers worse. The scheduler's distraction was fitted on every other dialogue of LoCoMo and is "
+        "checked on the ones between.",
+    ),
     "budget": (
         "Answers within a time",
         "Questions of many users about their memories, each with a time by which the first token is due. The "

@@ -179,7 +179,8 @@ _COLUMNS = {
     "load": "mode traffic offered_per_s clients met_share goodput_per_s ttft_ms_p50 ttft_ms_p95 itl_ms_p50",
     "paper-table5": "context query build_ms direct_ms ours_ms reduction break_even paper_reduction",
     "retrieval": "retriever r_at_5 r_at_10 r_at_10_low r_at_10_high mrr search_ms_p50 n",
-    "need": "model part questions n log_loss base_log_loss base_rate calibration_error",
+    "distraction": "part tokens memories found other_tokens log_likelihood answer_f1",
+    "need": "model part tokens questions n log_loss base_log_loss base_rate calibration_error",
     "budget-simulated": "policy system admission load engines requests met_share ttft_ms_p50 ttft_ms_p95 "
     "ttft_ms_mean quality kv_share",
     "store": "cubes add_ms_p50 add_ms_p95 fsync_ms_p95 search_ms_p50 get_ms_p50 open_s bytes_per_cube",
@@ -211,6 +212,7 @@ for _bench, _summary in {
     "lora": "What adapters cost: decoding with one for each request, swaps; PEFT in turn.",
     "retrieval": "Evidence recall on LoCoMo: BM25, dense, RRF, ours with and without an embedder.",
     "need": "How likely an answer needs a memory, given what retrieval says: fitted and scored on LoCoMo.",
+    "distraction": "What memories that are not needed cost an answer: fitted and checked on LoCoMo.",
     "budget": "A time to first token is asked for: is it kept, foreseen, and what answers does it leave?",
     "steady": "Hundreds of requests in novel orders: last against first TTFT; do records stay as they were?",
     "store": "The store by its size: adding beside a bare fsync, searching, reading, opening, bytes on disk.",

@@ -17,8 +17,8 @@ USUAL = 64.0  # tokens of a memory
 
 @dataclass(frozen=True)
 class NeedModel:
-    """Weights of: a constant, the cosine, the relevance, relevance as a share of the best candidate's, log2 of
-    the rank (from 1), and log2 of the memory's length in USUAL tokens: who says more, says it likelier."""
+    """Weights of: a constant, the cosine, the relevance, relevance as a share of the best candidate's, log2
+    of the rank (from 1), and log2 of the memory's length in USUAL tokens: a longer one likelier holds it."""
 
     constant: float
     cosine: float
