@@ -30,7 +30,7 @@ from memos_engine.memory.store import MemoryStore
 
 CANDIDATES = 16
 LENGTHS = (0, 100, 200, 400)  # tokens; 0: a turn each
-CHARACTERS = 4.2  # a token, about
+CHARACTERS, WRAPPER = 4.2, 5  # of a token, about; tokens around a memory
 RIDGE, STEPS = 1.0, 30
 BINS = 10
 Floats = npt.NDArray[np.float64]
@@ -103,7 +103,7 @@ def _questions(
     for question in dialogue.questions:
         evidence = {holder[turn] for turn in question.evidence}
         hits = operator.recall(who, question.text, k=CANDIDATES)
-        lengths = [len(hit.cube.body or "") / CHARACTERS for hit in hits]
+        lengths = [len(hit.cube.body or "") / CHARACTERS + WRAPPER for hit in hits]
         x = features([hit.score for hit in hits], [hit.relevance for hit in hits], lengths)
         out.append((x, np.asarray([hit.cube.id in evidence for hit in hits], np.float64)))
     return out
@@ -131,7 +131,7 @@ def scores(model: NeedModel, x: Floats, y: Floats) -> dict[str, float]:
     base = float(y.mean())
     order = np.argsort(p)
     bins = np.array_split(order, BINS)
-    error = sum(len(one) * abs(float(p[one].mean() - y[one].mean())) for one in bins) / len(y)
+    error = sum(len(one) * abs(float(p[one].mean() - y[one].mean())) for one in bins if len(one)) / len(y)
 
     def loss(q: Floats) -> float:
         q = np.clip(q, 1e-9, 1 - 1e-9)

@@ -5,7 +5,7 @@ Pure functions, without a policy of their own; `scheduler.py` decides with them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from memos_engine.memory.plan import Forecast, KnownPrefix, Option, PlanInput, P
 from memos_engine.memory.quality import overlaps
 
 PREFERENCE = 0.01  # of a memory's value, that a form the policies do not prefer loses
+Burdens = Mapping[str, float]
 MEBI = float(1 << 20)
 UNIT = 100.0  # tokens, by which reasons state what a memory would take
 
@@ -30,11 +31,11 @@ def kind(exact: bool) -> str:
 def items_of(
     fit: Sequence[PlanInput],
     request: PlanRequest,
-    distraction: float,
+    heavy: Burdens,
     cached: int = 0,
     overlap: Floats | None = None,
 ) -> Items:
-    """Candidates as arrays, with the forms that the request allows. distraction: `need.DISTRACTION`."""
+    """Candidates as arrays, with the forms that the request allows."""
     kv_too = request.form != "text"
 
     def array(values: Sequence[float]) -> Floats:
@@ -53,14 +54,21 @@ def items_of(
         text_worth=array([1 - PREFERENCE * (one.prefers == "kv") for one in fit]),
         kv_worth=array([1 - PREFERENCE * (one.prefers == "text") for one in fit]),
         overlap=overlaps([one.sketch for one in fit]) if overlap is None else overlap,
-        burden=array([burden(one, distraction) for one in fit]),
+        burden=array([heavy[one.cube_id] for one in fit]),
         cached=cached,
     )
 
 
-def burden(one: PlanInput, distraction: float) -> float:
-    """What a memory's tokens cost the others' worth."""
-    return distraction * max(one.text_tokens, one.kv.tokens) / 1e3
+def burdens(fit: Sequence[PlanInput], most: int, distraction: float) -> Burdens:
+    """What each memory's tokens take from the worth of the others, of which the `most` most needed count;
+    distraction: a thousand tokens' share of it (`need.DISTRACTION`)."""
+    needs = np.asarray([one.need or 0.0 for one in fit], np.float64)
+    top = np.argsort(-needs, kind="stable")[:most]
+    others = np.full(len(fit), needs[top].sum())
+    others[top] -= needs[top]
+    tokens = np.asarray([max(one.text_tokens, one.kv.tokens) for one in fit], np.float64)
+    cost = distraction / 1e3 * tokens * np.minimum(1.0, others)
+    return dict(zip([one.cube_id for one in fit], cost.tolist(), strict=True))
 
 
 def distracts(one: PlanInput) -> str:
@@ -119,7 +127,7 @@ def left_out(
     forecast: Forecast,
     choice: Choice,
     taken: int,
-    distraction: float,
+    heavy: Burdens,
 ) -> tuple[Skipped, ...]:
     """Why each of the others stays out."""
     if not left:
@@ -135,7 +143,7 @@ def left_out(
     text, kv = (text - base) / UNIT, (kv - base) / UNIT
     out = []
     for one in left:
-        if (one.need or 0.0) < burden(one, distraction):
+        if (one.need or 0.0) < heavy[one.cube_id]:
             out.append(told(one, distracts(one)))
             continue
         way = f"{one.text_tokens * text:.0f} ms as text, "

@@ -17,10 +17,11 @@ from memos_engine.errors import MemoryInputError
 from memos_engine.memory.adapters import AdapterOption
 from memos_engine.memory.arrange import (
     MEBI,
+    Burdens,
     ahead,
     arranged,
     as_numbers,
-    burden,
+    burdens,
     distracts,
     ideal_value,
     items_of,
@@ -90,20 +91,26 @@ class MemScheduler:
                 skipped.append(told(one, obstacle))
             else:
                 fit.append(one)
-        plan = self._chosen(fit, request)
+        heavy = burdens(fit, request.max_memories, self.distraction)
+        plan = self._chosen(fit, request, heavy)
         if request.adapter is not None and fit:
-            plan = self._with_adapter(fit, request, request.adapter, plan)
+            plan = self._with_adapter(fit, request, heavy, request.adapter, plan)
         notes = plan.notes if self.costs.calibrated else (*plan.notes, _UNCALIBRATED)
         return replace(plan, skipped=_in_order((*plan.skipped, *skipped), order), notes=notes)
 
-    def _chosen(self, fit: Sequence[PlanInput], request: PlanRequest) -> Plan:
+    def _chosen(self, fit: Sequence[PlanInput], request: PlanRequest, heavy: Burdens) -> Plan:
         price = self.pricer(request)
         if request.budget_ms is None:
-            return self._best(fit, request, price)
-        return self._within(fit, request, price, request.budget_ms)
+            return self._best(fit, request, heavy, price)
+        return self._within(fit, request, heavy, price, request.budget_ms)
 
     def _with_adapter(
-        self, fit: Sequence[PlanInput], request: PlanRequest, option: AdapterOption, without: Plan
+        self,
+        fit: Sequence[PlanInput],
+        request: PlanRequest,
+        heavy: Burdens,
+        option: AdapterOption,
+        without: Plan,
     ) -> Plan:
         """The plan with an adapter bound, where that promises more. What it knows of a memory need not enter
         again: the memory is worth only the rest."""
@@ -112,7 +119,7 @@ class MemScheduler:
         rest = [replace(one, need=(one.need or 0.0) * (1 - known)) if one in covered else one for one in fit]
         swap_ms = self.costs.swap_ms * option.nbytes / MEBI if option.swap_ms is None else option.swap_ms
         frame = replace(request.frame, swap_ms=0.0 if option.warm else swap_ms)
-        plan = self._chosen(rest, replace(request, frame=frame, adapter=None))
+        plan = self._chosen(rest, replace(request, frame=frame, adapter=None), heavy)
         gain = known * sum(one.need or 0.0 for one in covered)
         gain += PROCEDURAL * option.probability * (option.policy != "exclusive")
         mine, other = (sum(s.value for s in one.segments) for one in (plan, without))
@@ -187,7 +194,7 @@ class MemScheduler:
 
     # -- without a budget ------------------------------------------------------------------------
 
-    def _best(self, fit: Sequence[PlanInput], request: PlanRequest, price: Pricer) -> Plan:
+    def _best(self, fit: Sequence[PlanInput], request: PlanRequest, heavy: Burdens, price: Pricer) -> Plan:
         """The most relevant that fit, as KV where a share keeps the quality."""
         most = min(request.max_memories, len(fit))
         share = request.recompute
@@ -210,17 +217,17 @@ class MemScheduler:
                 skipped.append(told(one, f"max_memories ({request.max_memories}) is reached"))
             elif tokens > room:
                 skipped.append(told(one, _no_room(tokens, room, request)))
-            elif (one.need or 0.0) - again < burden(one, self.distraction):
+            elif (one.need or 0.0) - again < heavy[one.cube_id]:
                 skipped.append(told(one, distracts(one)))
             else:
                 chosen.append((one, form))
                 inside.append(place)
                 used += tokens
         within = alike[np.ix_(inside, inside)]
-        items = items_of([one for one, _ in chosen], request, self.distraction, overlap=within)
+        items = items_of([one for one, _ in chosen], request, heavy, overlap=within)
         forms = np.asarray([[form for _, form in chosen]], np.int8).reshape(1, len(chosen))
         load = loads(items, forms, share or 0.0)
-        segments = self._segments(chosen, reasons, share or 0.0, most)
+        segments = self._segments(chosen, reasons, share or 0.0, most, heavy)
         kept = float(values(items, forms, self.quality.of(share or 0.0, most))[0])
         ideal = ideal_value(items, len(items))
         return Plan(
@@ -233,7 +240,14 @@ class MemScheduler:
 
     # -- within a budget -------------------------------------------------------------------------
 
-    def _within(self, fit: Sequence[PlanInput], request: PlanRequest, price: Pricer, budget: float) -> Plan:
+    def _within(
+        self,
+        fit: Sequence[PlanInput],
+        request: PlanRequest,
+        heavy: Burdens,
+        price: Pricer,
+        budget: float,
+    ) -> Plan:
         most = min(request.max_memories, len(fit))
         shares: tuple[float, ...] = SHARES if len(fit) <= MANY else FEW_SHARES
         if request.recompute is not None:
@@ -245,14 +259,14 @@ class MemScheduler:
         found: list[tuple[Choice, list[PlanInput], Items]] = []
         bound = 0.0
         limits = Limits(price, budget, request.max_memory_tokens, request.max_memories, give)
-        plain = items_of(fit, request, self.distraction)
+        plain = items_of(fit, request, heavy)
         for known in (None, *request.known):
             ordered = ahead(fit, known)
             if ordered is None:
                 continue
             items = plain
             if known is not None:
-                items = items_of(ordered, request, self.distraction, len(known.cube_ids))
+                items = items_of(ordered, request, heavy, len(known.cube_ids))
             choices, most_possible = search(items, graded, limits)
             found += [(choice, ordered, items) for choice in choices]
             bound = max(bound, most_possible)
@@ -271,11 +285,11 @@ class MemScheduler:
         load = loads(items, np.asarray([choice.forms], np.int8), choice.share)
         forecast = self.forecast(price, as_numbers(load))
         taken, reasons = arranged(choice, ordered, items)
-        segments = self._segments(taken, reasons, choice.share, most)
+        segments = self._segments(taken, reasons, choice.share, most, heavy)
         left = [one for one, form in zip(ordered, choice.forms, strict=True) if form == SKIP]
         return Plan(
             segments,
-            left_out(left, request, price, forecast, choice, len(segments), self.distraction),
+            left_out(left, request, price, forecast, choice, len(segments), heavy),
             choice.share,
             budget,
             choice.value / ideal,
@@ -286,7 +300,12 @@ class MemScheduler:
         )
 
     def _segments(
-        self, taken: Sequence[tuple[PlanInput, int]], reasons: dict[str, str], share: float, most: int
+        self,
+        taken: Sequence[tuple[PlanInput, int]],
+        reasons: dict[str, str],
+        share: float,
+        most: int,
+        heavy: Burdens,
     ) -> tuple[Segment, ...]:
         spliced = self.quality.of(share, most)
         out = []
@@ -294,7 +313,7 @@ class MemScheduler:
             need = one.need or 0.0
             exact = form == TEXT or (slot == 0 and one.kv.exact_in_slot0)
             tokens = one.kv.tokens if form == KV else one.text_tokens
-            value = need * (1.0 if exact else spliced) - burden(one, self.distraction)
+            value = need * (1.0 if exact else spliced) - heavy[one.cube_id]
             name = "kv" if form == KV else "text"
             out.append(Segment(one.cube_id, name, reasons[one.cube_id], slot, tokens, one.score, need, value))
         return tuple(out)
