@@ -284,6 +284,7 @@ class Clairvoyant(Ranked):
 
 POLICIES: dict[str, Callable[[int], Policy]] = {
     "memos_engine": Value,
+    "nothing_ahead": lambda most: Value(most, ahead=0),
     "lru": LRU,
     "lfu": LFU,
     "lfu_all_time": PerfectLFU,
