@@ -13,6 +13,7 @@ from memos_engine.bench.report.values import Row, clean, is_ours, number
 
 NAMES = {
     "memos_engine": "memos_engine (value)",
+    "nothing_ahead": "value, nothing built ahead",
     "lru": "LRU",
     "lfu": "LFU",
     "lfu_all_time": "LFU, counts of all time",

@@ -136,11 +136,12 @@ def left_out(
         return tuple(told(one, f"max_memories ({request.max_memories}) is reached") for one in left)
     kv_too = request.form != "text"
     spare = max(0.0, (request.budget_ms or 0.0) - forecast.promise_ms)
-    few = np.asarray([0.0, UNIT, 0.0])
-    base, text, kv = price(
-        Load(text=few, kv=few[::-1], again=few[::-1] * choice.share, records=few[::-1] / UNIT)
+    # Of a second one, for the first of its form may begin or spare what all share.
+    by_text, by_kv = np.asarray([[1, 2, 0, 0], [0, 0, 1, 2]]) * UNIT
+    first, text, other, kv = price(
+        Load(text=by_text, kv=by_kv, again=by_kv * choice.share, records=by_kv / UNIT)
     ).tolist()
-    text, kv = (text - base) / UNIT, (kv - base) / UNIT
+    text, kv = (text - first) / UNIT, (kv - other) / UNIT
     out = []
     for one in left:
         if (one.need or 0.0) < heavy[one.cube_id]:

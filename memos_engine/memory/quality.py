@@ -69,18 +69,19 @@ def overlaps(sketches: Sequence[bytes]) -> npt.NDArray[np.float64]:
     memories without a sketch nothing."""
     n = len(sketches)
     bins = np.frombuffer(b"".join(one or UNKNOWN for one in sketches), np.uint32).reshape(n, BINS)
-    ordered = np.sort(bins.ravel())
-    twice = np.unique(ordered[1:][(ordered[1:] == ordered[:-1]) & (ordered[1:] != EMPTY)])
-    if not len(twice):  # the usual case: nothing is said twice
-        return np.zeros((n, n))
-    places = np.minimum(np.searchsorted(twice, bins), len(twice) - 1)
-    rows, columns = np.nonzero(twice[places] == bins)
-    holds = np.zeros((n, len(twice)), np.float32)
-    holds[rows, places[rows, columns]] = 1
-    filled = (bins != EMPTY).astype(np.float32)
-    counts = filled.sum(1)
-    either = counts[:, None] + counts[None] - filled @ filled.T
-    share: npt.NDArray[np.float64] = (holds @ holds.T).astype(np.float64) / np.maximum(1, either)
-    share[share < SAME] = 0
-    np.fill_diagonal(share, 0)
+    # The same run has the same hash and so the same bin: equal neighbours in a sorted bin share one.
+    order = np.argsort(bins.T, axis=1)
+    ordered = np.take_along_axis(bins.T, order, axis=1)
+    equal = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != EMPTY)
+    share = np.zeros((n, n))
+    if not equal.any():  # the usual case: nothing is said twice
+        return share
+    rows = np.union1d(order[:, 1:][equal], order[:, :-1][equal])
+    some, filled = bins[rows], bins[rows] != EMPTY
+    both = ((some[:, None] == some[None]) & filled[:, None]).sum(2)
+    either = (filled[:, None] | filled[None]).sum(2)
+    found = both / np.maximum(1, either)
+    found[found < SAME] = 0
+    np.fill_diagonal(found, 0)
+    share[np.ix_(rows, rows)] = found
     return share

@@ -32,8 +32,9 @@ from memos_engine.memory.items import (
 
 # Prices of a millisecond that are tried, in its gain where the budget ends when memories enter by what they
 # gain in one: upwards, for true costs are above the lines; downwards, for other limits may bind first.
-PRICES = np.concatenate([[1e-4, 0.1, 0.3], np.geomspace(0.5, 8.0, 11)])
+PRICES = np.concatenate([[1e-4, 0.2], np.geomspace(0.5, 8.0, 8)])
 ROOMS = np.asarray([0.0, 0.2, 0.7])  # of a token, in the best gain for one
+PARTS = np.linspace(0.0, 1.0, 9)  # of the memories that fill the budget so, which are tried as they are
 NEAR = 16  # likeliest memories that are tried for that
 
 
@@ -110,12 +111,12 @@ class _Gains:
         text[:, :cached] = kv[:, :cached] = none
         text_ms = np.where(np.isfinite(text_ms), text_ms, 0.0)
         kv_ms = np.where(np.isfinite(kv_ms), kv_ms, 0.0)
-        price = _price(np.maximum(text, 0.0), np.maximum(kv, 0.0), text_ms, kv_ms, left)
+        self.greedy = _Greedy(np.maximum(text, 0.0), np.maximum(kv, 0.0), text_ms, kv_ms, left)
         dearest = np.maximum(text, kv).max(1, initial=1e-9) / max(1.0, float(items.text.mean()) if n else 1.0)
         longest = np.sort(np.maximum(items.text, items.kv))[::-1][: limits.most]
         tight = float(longest.sum()) > limits.room
         rooms = ROOMS if tight else ROOMS[:1]
-        self.ms = (price[:, None] * PRICES)[:, :, None]  # the price of a millisecond
+        self.ms = (self.greedy.price[:, None] * PRICES)[:, :, None]  # the price of a millisecond
         self.tokens = dearest[:, None, None] * rooms[None, None, :]
         ms, tokens = self.ms[..., None], self.tokens[..., None]
         self.text = text[:, None, None] - ms * text_ms[:, None, None] - tokens * items.text
@@ -158,25 +159,36 @@ class _Gains:
             gain = np.maximum(gain - said, 0.0)
         taken = gain > np.minimum(self.place, 1e30)[..., None]
         forms = np.where(taken, np.where(self.text >= self.kv, TEXT, KV), SKIP).astype(np.int8)
-        count = forms.shape[1] * forms.shape[2]
-        forms = forms.reshape(-1, len(items))
-        forms[:, : items.cached] = TEXT
-        which = np.repeat(np.arange(self.gain.shape[0]), count)
-        empty = np.zeros((self.gain.shape[0], len(items)), np.int8)
-        empty[:, : items.cached] = TEXT
-        return np.concatenate([forms, empty]), np.concatenate([which, np.arange(self.gain.shape[0])])
+        shares, n = len(forms), len(items)
+        forms = np.concatenate([forms.reshape(shares, -1, n), self.greedy.choices(self.places)], axis=1)
+        forms[..., : items.cached] = TEXT
+        return forms.reshape(-1, n), np.repeat(np.arange(shares), forms.shape[1])
 
 
-def _price(text: Floats, kv: Floats, text_ms: Floats, kv_ms: Floats, left: Floats) -> Floats:
-    """`[s]`: what a millisecond gains where the budget ends, when each memory enters in the form that gains
-    most in one, the best first."""
-    by_text, by_kv = text / np.maximum(text_ms, 1e-6), kv / np.maximum(kv_ms, 1e-6)
-    gain = np.maximum(by_text, by_kv)
-    order = np.argsort(-gain, axis=1)
-    spent = np.take_along_axis(np.where(by_text > by_kv, text_ms, kv_ms), order, axis=1).cumsum(1)
-    last = np.minimum((spent <= left[:, None]).sum(1), gain.shape[1] - 1)
-    rows = np.arange(len(gain))
-    return np.asarray(np.maximum(gain[rows, order[rows, last]], 1e-9), np.float64)
+class _Greedy:
+    """Memories by what they gain in a millisecond, each in the form that gains most in one.
+
+    price `[s]`: that gain where the budget ends; fits `[s]`: how many fit, by the lower costs. forms, place
+    `[s, n]`: a memory's form, and its place in this order.
+    """
+
+    def __init__(self, text: Floats, kv: Floats, text_ms: Floats, kv_ms: Floats, left: Floats) -> None:
+        by_text, by_kv = text / np.maximum(text_ms, 1e-6), kv / np.maximum(kv_ms, 1e-6)
+        gain, n = np.maximum(by_text, by_kv), text.shape[1]
+        order = np.argsort(-gain, axis=1, kind="stable")
+        spent = np.take_along_axis(np.where(by_text > by_kv, text_ms, kv_ms), order, axis=1).cumsum(1)
+        rows = np.arange(len(gain))
+        self.fits = (spent <= left[:, None]).sum(1)
+        self.price = np.maximum(gain[rows, order[rows, np.minimum(self.fits, n - 1)]], 1e-9)
+        self.place = np.empty_like(order)
+        np.put_along_axis(self.place, order, np.arange(n)[None], axis=1)
+        self.forms = np.where(gain > 0, np.where(by_text > by_kv, TEXT, KV), SKIP).astype(np.int8)
+
+    def choices(self, most: int) -> Forms:
+        """`[s, len(PARTS), n]`: the first of this order, more and more of them. Memories that are alike would
+        by any price enter all at once."""
+        sizes = np.minimum(np.ceil(self.fits[:, None] * PARTS), most)
+        return np.where(self.place[:, None] < sizes[:, :, None], self.forms[:, None], SKIP).astype(np.int8)
 
 
 def _fitting(
