@@ -53,4 +53,4 @@ def features(
 # that reads more answers worse. Fitted on the same half of LoCoMo (docs/scheduling.md).
 DISTRACTION = 0.5
 
-DEFAULT_NEED = NeedModel(-4.944, 0.924, 1.175, 3.627, -0.604, 0.0)
+DEFAULT_NEED = NeedModel(-6.631, 2.142, 1.066, 4.994, -0.574, 0.271)
