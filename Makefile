@@ -81,7 +81,7 @@ bench-record: models
 	$(MAKE) bench-docs
 
 bench-docs: setup
-	$(BIN)/python -m memos_engine.bench.docs README.md docs/benchmarks.md
+	$(BIN)/python -m memos_engine.bench.docs README.md docs/benchmarks.md docs/scheduling.md docs/parameter-memory.md
 
 bench-peers: setup
 	$(BIN)/memos-engine bench peers --install

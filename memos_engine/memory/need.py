@@ -51,6 +51,6 @@ def features(
 
 # What a thousand tokens in the window cost of what one needed memory is worth, whatever they say: a decoder
 # that reads more answers worse. Fitted on the same half of LoCoMo (docs/scheduling.md).
-DISTRACTION = 0.5
+DISTRACTION = 0.45
 
 DEFAULT_NEED = NeedModel(-6.631, 2.142, 1.066, 4.994, -0.574, 0.271)

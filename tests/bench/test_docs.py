@@ -16,7 +16,8 @@ from memos_engine.errors import MemosEngineError
 from memos_engine.interfaces.cli_bench import bench_app
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
+PAGES = [ROOT / "README.md"]
+PAGES += [ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "scheduling", "parameter-memory")]
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
 
 
