@@ -120,12 +120,21 @@ def arranged(
     return taken, reasons
 
 
+def per_token(price: Pricer, share: float) -> tuple[float, float]:
+    """Milliseconds that a token of text and one of KV take, the share computed again included: of a second
+    memory, for the first of its form may begin, or spare, what all share."""
+    by_text, by_kv = np.asarray([[1, 2, 0, 0], [0, 0, 1, 2]]) * UNIT
+    load = Load(text=by_text, kv=by_kv, again=by_kv * share, records=by_kv / UNIT)
+    first, text, other, kv = price(load).tolist()
+    return (text - first) / UNIT, (kv - other) / UNIT
+
+
 def left_out(
     left: Sequence[PlanInput],
     request: PlanRequest,
     price: Pricer,
+    share: float,
     forecast: Forecast,
-    choice: Choice,
     taken: int,
     heavy: Burdens,
 ) -> tuple[Skipped, ...]:
@@ -136,15 +145,11 @@ def left_out(
         return tuple(told(one, f"max_memories ({request.max_memories}) is reached") for one in left)
     kv_too = request.form != "text"
     spare = max(0.0, (request.budget_ms or 0.0) - forecast.promise_ms)
-    # Of a second one, for the first of its form may begin or spare what all share.
-    by_text, by_kv = np.asarray([[1, 2, 0, 0], [0, 0, 1, 2]]) * UNIT
-    first, text, other, kv = price(
-        Load(text=by_text, kv=by_kv, again=by_kv * choice.share, records=by_kv / UNIT)
-    ).tolist()
-    text, kv = (text - first) / UNIT, (kv - other) / UNIT
+    useful = [(one.need or 0.0) >= heavy[one.cube_id] for one in left]
+    text, kv = per_token(price, share) if any(useful) else (0.0, 0.0)
     out = []
-    for one in left:
-        if (one.need or 0.0) < heavy[one.cube_id]:
+    for one, helps in zip(left, useful, strict=True):
+        if not helps:
             out.append(told(one, distracts(one)))
             continue
         way = f"{one.text_tokens * text:.0f} ms as text, "

@@ -187,14 +187,15 @@ def stages(table: CostTable, frame: Frame, load: Load) -> dict[str, npt.NDArray[
     rows = head_rows + text + frame.tail
     pairs = head_rows * (frame.behind + head_rows / 2) + text * (before + memory / 2)
     pairs = pairs + frame.tail * (context + frame.tail / 2)
-    once = table.rows_ms(rows) + table.attention_ms(pairs)
-    # Text in front of the first chosen token is not computed twice; which that is, nobody knows yet: half.
-    second_text = text / 2
-    second = table.rows_ms(again + second_text + frame.tail) + table.attention_ms(
-        (again + second_text) * (before + memory / 2) + frame.tail * (context + frame.tail / 2)
-    )
-    probing = once + table.select_ms + frame.tail * kv * (table.probe_ms / 1e6)
-    two = again > 0
+    forward = once = table.rows_ms(rows) + table.attention_ms(pairs)
+    probe, two = np.zeros(once.shape), again > 0
+    if two.any():
+        # Text in front of the first chosen token is not computed twice; nobody knows yet which that is: half.
+        second = again + text / 2
+        pairs = second * (before + memory / 2) + frame.tail * (context + frame.tail / 2)
+        forward = np.where(two, table.rows_ms(second + frame.tail) + table.attention_ms(pairs), once)
+        probing = once + table.select_ms + frame.tail * kv * (table.probe_ms / 1e6)
+        probe = np.where(two, probing, 0.0)
     base, each, thousand = table.splice
     spliced = np.where(kv > 0, kv + (frame.head_rows - frame.head_rows_kv), 0.0)
     return {
@@ -203,8 +204,8 @@ def stages(table: CostTable, frame: Frame, load: Load) -> dict[str, npt.NDArray[
         + load.disk_mib * np.float64(table.fetch[1])
         + frame.swap_ms,
         "splice": np.where(kv > 0, base + each * load.records + spliced * (thousand / 1e3), 0.0),
-        "probe": np.where(two, probing, 0.0),
-        "forward": np.where(two, second, once),
+        "probe": probe,
+        "forward": forward,
     }
 
 

@@ -57,7 +57,9 @@ class Items:
     @cached_property
     def pairs(self) -> tuple[Indices, Indices, Floats]:
         """Memories that say the same: (i, j, what both are worth less together)."""
-        first, second = np.nonzero(np.triu(self.overlap))
+        first, second = np.nonzero(self.overlap)
+        once = first < second
+        first, second = first[once], second[once]
         return first, second, self.overlap[first, second] * np.minimum(self.need[first], self.need[second])
 
 

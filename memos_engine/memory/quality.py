@@ -76,10 +76,13 @@ def overlaps(sketches: Sequence[bytes]) -> npt.NDArray[np.float64]:
     share = np.zeros((n, n))
     if not equal.any():  # the usual case: nothing is said twice
         return share
-    rows = np.union1d(order[:, 1:][equal], order[:, :-1][equal])
-    some, filled = bins[rows], bins[rows] != EMPTY
-    both = ((some[:, None] == some[None]) & filled[:, None]).sum(2)
-    either = (filled[:, None] | filled[None]).sum(2)
+    alike = np.zeros(n, np.bool_)
+    alike[order[:, 1:][equal]] = alike[order[:, :-1][equal]] = True
+    rows = np.flatnonzero(alike)
+    some, filled = bins[rows], (bins[rows] != EMPTY).astype(np.float32)
+    both = ((some[:, None] == some[None]) & (some != EMPTY)[:, None]).sum(2)
+    counts = filled.sum(1)
+    either = counts[:, None] + counts[None] - filled @ filled.T
     found = both / np.maximum(1, either)
     found[found < SAME] = 0
     np.fill_diagonal(found, 0)

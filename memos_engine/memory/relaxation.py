@@ -32,9 +32,9 @@ from memos_engine.memory.items import (
 
 # Prices of a millisecond that are tried, in its gain where the budget ends when memories enter by what they
 # gain in one: upwards, for true costs are above the lines; downwards, for other limits may bind first.
-PRICES = np.concatenate([[1e-4, 0.2], np.geomspace(0.5, 8.0, 8)])
-ROOMS = np.asarray([0.0, 0.2, 0.7])  # of a token, in the best gain for one
-PARTS = np.linspace(0.0, 1.0, 9)  # of the memories that fill the budget so, which are tried as they are
+PRICES = np.concatenate([[1e-4, 0.2], np.geomspace(0.6, 5.0, 6)])
+ROOMS = np.asarray([0.0, 0.4])  # of a token, in the best gain for one
+PARTS = np.linspace(0.0, 1.0, 6)  # of the memories that fill the budget so, which are tried as they are
 NEAR = 16  # likeliest memories that are tried for that
 
 
@@ -61,15 +61,17 @@ def many(items: Items, shares: Sequence[tuple[float, float]], limits: Limits) ->
         return [], bound
     enough = (1 - give) * float(worth[ok].max())
     out: list[Found] = []
-    for at in range(len(share)):
-        here = np.flatnonzero(ok & (which == at))
+    ok = ok.reshape(len(share), -1)
+    for at, own in enumerate(ok):
+        here = np.flatnonzero(own) + at * len(own)
         if len(here):
             best = here[fastest(worth[here], ms[here], enough)]
             chosen = forms[best]
             out.append((chosen, float(share[at]), float(quality[at]), float(worth[best]), float(ms[best])))
     top = max(range(len(out)), key=lambda i: out[i][3])
     if not give:
-        out[top] = _filled(items, out[top], limits)
+        at = int(np.argmax(share == out[top][1]))
+        out[top] = _filled(items, out[top], (text_ms[at], kv_ms[at]), limits)
     choices = [Choice(s, tuple(chosen.tolist()), value, took) for chosen, s, _, value, took in out]
     return choices, max(bound, *(one.value for one in choices))
 
@@ -142,10 +144,14 @@ class _Gains:
         total = net.sum(-1) + self.place * self.places
         first, second, twice = self.items.pairs
         used: set[int] = set()
-        for i, j, less in zip(first.tolist(), second.tolist(), twice.tolist(), strict=True):
-            if i not in used and j not in used:  # of both one alone, or both for less
-                used |= {i, j}
-                total = total - np.minimum(less, np.minimum(net[..., i], net[..., j]))
+        apart = []  # pairs that share no memory: of both one alone, or both for less
+        for at, pair in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
+            if used.isdisjoint(pair):
+                used.update(pair)
+                apart.append(at)
+        if apart:
+            one, other = net[..., first[apart]], net[..., second[apart]]
+            total = total - np.minimum(twice[apart], np.minimum(one, other)).sum(-1)
         total = total + self.ms * left[:, None, None] + self.tokens * self.room
         return np.asarray(total.min((1, 2)) + self.bonus + self.fixed, np.float64)
 
@@ -154,9 +160,11 @@ class _Gains:
         less likely one is tried only where it gains what it has of its own."""
         items = self.items
         gain = self.gain
-        if len(items.pairs[0]):
-            said = np.triu(items.overlap, 1).max(0) * items.need
-            gain = np.maximum(gain - said, 0.0)
+        first, second, _ = items.pairs
+        if len(first):
+            said = np.zeros(len(items))
+            np.maximum.at(said, second, items.overlap[first, second])
+            gain = np.maximum(gain - said * items.need, 0.0)
         taken = gain > np.minimum(self.place, 1e30)[..., None]
         forms = np.where(taken, np.where(self.text >= self.kv, TEXT, KV), SKIP).astype(np.int8)
         shares, n = len(forms), len(items)
@@ -201,22 +209,23 @@ def _fitting(
     return ok & ((np.asarray(load.again) > 0) | (np.asarray(share) == 0)), ms
 
 
-def _filled(items: Items, found: Found, limits: Limits) -> Found:
-    """The choice with what still fits: of all single further steps the most valuable."""
-    forms, share, quality, value, _ = found
-    text, kv = (items.text > 0).tolist(), (items.kv > 0).tolist()
-    likely = np.argsort(-items.need * (forms != TEXT), kind="stable")[:NEAR].tolist()
-    steps = [
-        (i, form)
-        for i in likely
-        for form in (TEXT,) * text[i] + (KV,) * kv[i]
-        if i >= items.cached and forms[i] not in (form, TEXT)
-    ]
-    if not steps:
+def _filled(items: Items, found: Found, lines: tuple[Floats, Floats], limits: Limits) -> Found:
+    """The choice with what still fits: of all single further steps the most valuable. lines `[n]`, twice:
+    what each memory takes at least, as text and as KV."""
+    forms, share, quality, value, ms = found
+    text_ms, kv_ms = lines
+    spare = limits.budget - ms
+    behind = np.arange(len(items)) >= items.cached
+    as_text = behind & (items.text > 0) & (forms != TEXT) & (text_ms - kv_ms * (forms == KV) <= spare)
+    as_kv = behind & (items.kv > 0) & (forms == SKIP) & (kv_ms <= spare)
+    where = np.concatenate([np.flatnonzero(as_text), np.flatnonzero(as_kv)])
+    if not len(where):
         return found
-    where, how = zip(*steps, strict=True)
-    tried = np.repeat(forms[None], len(steps), axis=0)
-    tried[np.arange(len(steps)), where] = how
+    how = np.repeat(np.asarray([TEXT, KV], np.int8), [as_text.sum(), as_kv.sum()])
+    likely = np.argsort(-items.need[where], kind="stable")[: 2 * NEAR]
+    where, how = where[likely], how[likely]
+    tried = np.repeat(forms[None], len(where), axis=0)
+    tried[np.arange(len(where)), where] = how
     ok, took = _fitting(items, tried, share, limits)
     worth = np.where(ok, values(items, tried, quality), -np.inf)
     best = int(np.argmax(worth))

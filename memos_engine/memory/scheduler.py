@@ -31,7 +31,7 @@ from memos_engine.memory.arrange import (
     told,
 )
 from memos_engine.memory.costs import CostTable, Load, Pricer, default_table
-from memos_engine.memory.items import EQUAL, KV, SKIP, TEXT, Choice, Items, Limits, loads, values
+from memos_engine.memory.items import EQUAL, KV, SKIP, TEXT, Choice, Floats, Items, Limits, loads, values
 from memos_engine.memory.knapsack import search
 from memos_engine.memory.need import DEFAULT_NEED, DISTRACTION, NeedModel
 from memos_engine.memory.plan import (
@@ -75,10 +75,12 @@ class MemScheduler:
 
     def plan(self, candidates: Sequence[PlanInput], request: PlanRequest) -> Plan:
         """Decide about every candidate. Raises `MemoryInputError` for repeated ids and impossible numbers."""
-        _check(candidates)
-        order = sorted(candidates, key=lambda c: (-c.rank, -c.score, c.cube_id))
-        scores, ranks = [one.score for one in order], [one.rank for one in order]
-        needs = self.need(scores, ranks, [one.text_tokens for one in order])
+        score, rank, tokens = _numbers(candidates)
+        ids = [one.cube_id for one in candidates]
+        keys = list(zip((-rank).tolist(), (-score).tolist(), ids, strict=True))
+        places = sorted(range(len(ids)), key=keys.__getitem__)
+        order = [candidates[place] for place in places]
+        needs = self.need(score[places], rank[places], tokens[places])
         order = [
             one if one.need is not None else _needed(one, p)
             for one, p in zip(order, needs.tolist(), strict=True)
@@ -289,7 +291,7 @@ class MemScheduler:
         left = [one for one, form in zip(ordered, choice.forms, strict=True) if form == SKIP]
         return Plan(
             segments,
-            left_out(left, request, price, forecast, choice, len(segments), heavy),
+            left_out(left, request, price, choice.share, forecast, len(segments), heavy),
             choice.share,
             budget,
             choice.value / ideal,
@@ -322,7 +324,8 @@ class MemScheduler:
 _UNCALIBRATED = "predictions are guesses on this machine; measure it: memos-engine doctor --calibrate"
 
 
-def _check(candidates: Sequence[PlanInput]) -> None:
+def _numbers(candidates: Sequence[PlanInput]) -> Floats:
+    """`[3, n]`: scores, ranks and tokens, all of which make sense."""
     if len({one.cube_id for one in candidates}) != len(candidates):
         raise MemoryInputError("a memory is among the candidates twice; give each one once.")
     rows = [(one.score, one.rank, one.need or 0.0, one.text_tokens, one.kv.tokens) for one in candidates]
@@ -333,6 +336,7 @@ def _check(candidates: Sequence[PlanInput]) -> None:
             f"candidate {candidates[int(bad.argmax())].cube_id!r} needs a finite score and token counts of "
             "at least 0."
         )
+    return np.asarray(numbers[:, [0, 1, 3]].T, np.float64)
 
 
 def _needed(one: PlanInput, p: float) -> PlanInput:
