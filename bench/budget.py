@@ -80,7 +80,7 @@ def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
         with open_target(options) as target, opened(options, target, dataset, progress) as bed:
             runner = _Runner(bed, options, progress, len(lacking))
             if not document.has("bare"):
-                document.add("bare", [runner.bare_row(), *runner.planner_rows()])
+                document.add("bare", [runner.bare_row()])
             for budget in lacking:
                 document.add(_unit(budget), *runner.unit(budget))
             document.note(runner.judge.note())
@@ -121,11 +121,6 @@ class _Runner:
             "ttft_ms_p50": round(statistics.median(self.bare), 2),
             "ttft_ms_p95": round(p95(self.bare), 2),
         }
-
-    def planner_rows(self) -> list[Row]:
-        from memos_engine.bench.budget_planner import planner_rows
-
-        return planner_rows(self.base)
 
     def unit(self, budget: float) -> tuple[list[Row], list[Row], list[str]]:
         """Rows and paired differences of one budget."""

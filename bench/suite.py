@@ -36,6 +36,7 @@ BENCHES: dict[str, str] = {
     "distraction": "distraction",
     "steady": "steady",
     "store": "store",
+    "planner": "planner",
     "budget": "budget",
     "quality": "quality",
 }

@@ -53,8 +53,9 @@ ORDER = {
     "fetch_ms_p50 prefix_tokens kv_share host_share records vault_mb rss_mb records_changed records_added "
     "records_written tokens_per_s n",
     "budget": "policy budget_ms requests excluded_share met_share ttft_ms_p50 ttft_ms_p95 "
-    "predicted_error_p50 quality kl_mean answer_f1 memories_mean kv_share recompute_mean "
-    "schedule_ms_p50 candidates plan_ms_p50 plan_ms_p95 gap_p50 gap_p95",
+    "predicted_error_p50 quality kl_mean gold_kl_mean answer_f1 memories_mean kv_share recompute_mean "
+    "schedule_ms_p50",
+    "planner": "candidates plan_ms_p50 plan_ms_p95 gap_p50 gap_p95 n",
     "distraction": "part tokens memories questions found other_tokens log_likelihood answer_f1",
     "need": "model part tokens questions n base_rate log_loss base_log_loss calibration_error coefficients",
     "budget-simulated": "policy admission load engines cubes requests met_share ttft_ms_p50 ttft_ms_p95 "

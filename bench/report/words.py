@@ -82,6 +82,11 @@ BENCHES = {
         "more answers worse. The scheduler's distraction was fitted on every other dialogue of LoCoMo and is "
         "checked on the ones between.",
     ),
+    "planner": (
+        "Planning",
+        "How long the memory scheduler takes to plan, and how far its plan may be from the best, by number "
+        "of candidates.",
+    ),
     "budget": (
         "Answers within a time",
         "Questions of many users about their memories, each with a time by which the first token is due. The "

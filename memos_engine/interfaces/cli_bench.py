@@ -213,6 +213,7 @@ for _bench, _summary in {
     "retrieval": "Evidence recall on LoCoMo: BM25, dense, RRF, ours with and without an embedder.",
     "need": "How likely an answer needs a memory, given what retrieval says: fitted and scored on LoCoMo.",
     "distraction": "What memories that are not needed cost an answer: fitted and checked on LoCoMo.",
+    "planner": "How long planning takes, and how far from the best a plan may be, by number of candidates.",
     "budget": "A time to first token is asked for: is it kept, foreseen, and what answers does it leave?",
     "steady": "Hundreds of requests in novel orders: last against first TTFT; do records stay as they were?",
     "store": "The store by its size: adding beside a bare fsync, searching, reading, opening, bytes on disk.",

@@ -216,7 +216,8 @@ def _filled(items: Items, found: Found, lines: tuple[Floats, Floats], limits: Li
     text_ms, kv_ms = lines
     spare = limits.budget - ms
     behind = np.arange(len(items)) >= items.cached
-    as_text = behind & (items.text > 0) & (forms != TEXT) & (text_ms - kv_ms * (forms == KV) <= spare)
+    saved = np.where(forms == KV, kv_ms, 0.0)
+    as_text = behind & (items.text > 0) & (forms != TEXT) & (text_ms - saved <= spare)
     as_kv = behind & (items.kv > 0) & (forms == SKIP) & (kv_ms <= spare)
     where = np.concatenate([np.flatnonzero(as_text), np.flatnonzero(as_kv)])
     if not len(where):
