@@ -1,7 +1,7 @@
 """How long planning takes, and how far from the best it may be: candidates drawn by chance, real costs.
 
-The cost table is calibrated first, for this run alone. `gap`: the bound less what was found, as a share of the
-ideal: what was found is no further than that from the best.
+The cost table is calibrated first, for this run alone. `gap`: the bound less what was found, as a share of
+the ideal: what was found is no further than that from the best.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def run(options: Options, progress: Progress = silent) -> dict[str, Any]:
         table = calibrate(engine.decoder, default_embedder(), progress)
         document.add("planner", planner_rows(MemScheduler(table)))
     document.note(
-        "MemScheduler.plan over memories of 30 to 300 tokens, six in ten with KV, a third of those on disk, a "
-        f"few alike; budgets of {', '.join(f'{ms:g}' for ms in BUDGETS)} ms in turn."
+        "MemScheduler.plan over memories of 30 to 300 tokens, six in ten with KV, a third of those on disk, "
+        f"a few alike; budgets of {', '.join(f'{ms:g}' for ms in BUDGETS)} ms in turn."
     )
     return document.finish()
 

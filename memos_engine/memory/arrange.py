@@ -73,7 +73,7 @@ def burdens(fit: Sequence[PlanInput], most: int, distraction: float) -> Burdens:
 
 def distracts(one: PlanInput) -> str:
     """Why a memory stays out whatever time there is."""
-    return f"its {one.text_tokens} tokens would distract more than they help (need {one.need or 0.0:.2f})"
+    return f"its {one.text_tokens} tokens would distract more than they help"
 
 
 def ahead(fit: Sequence[PlanInput], known: KnownPrefix | None) -> list[PlanInput] | None:

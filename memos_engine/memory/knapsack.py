@@ -59,6 +59,8 @@ def search(items: Items, shares: Sequence[tuple[float, float]], limits: Limits) 
 
 def _ways(items: Items) -> Forms | None:
     """All ways to fill a request `[p, n]`, counted like the digits of a number; None: there are too many."""
+    if 2 ** (len(items) - items.cached) > WAYS:  # each can at least stay out
+        return None
     able: list[tuple[int, ...]] = []
     for i, (text, kv) in enumerate(zip((items.text > 0).tolist(), (items.kv > 0).tolist(), strict=True)):
         able.append((TEXT,) if i < items.cached else (SKIP, *(TEXT,) * text, *(KV,) * kv))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -37,9 +38,15 @@ class SpliceQuality:
 
     def of(self, recompute: float, memories: int) -> float:
         """Between 0 and 1; 1 where everything is computed."""
-        if recompute >= 1:
-            return 1.0
-        return min(1.0, max(0.0, 1.0 - self.kl(recompute, max(1, memories)) / self.none_kl))
+        return _kept(self.kl, self.none_kl, recompute, max(1, memories))
+
+
+@lru_cache(maxsize=512)
+def _kept(kl: Callable[[float, int], float], none_kl: float, recompute: float, memories: int) -> float:
+    """`SpliceQuality.of`, remembered: every plan asks the same, and a curve is slow to read."""
+    if recompute >= 1:
+        return 1.0
+    return min(1.0, max(0.0, 1.0 - kl(recompute, memories) / none_kl))
 
 
 def default_kl(recompute: float, memories: int) -> float:
