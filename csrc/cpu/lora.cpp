@@ -73,15 +73,21 @@ template <class S, int R>
 ME_INLINE void blocks(const LoraWork& a, typename S::T* out, int64_t out_token, int64_t row,
                       const typename S::T* b, int64_t n) {
     constexpr int V = kLoraBlock / kWidth;
-    F acc[R][V] = {};
-    for (int64_t rank = 0; rank < a.part->rank; ++rank) {
+    constexpr int kChains = 2;  // even and odd ranks apart: a row alone would wait for each of its sums
+    F acc[R][V] = {}, odd[R][V] = {};
+    const auto add = [&](F(&to)[R][V], int64_t rank) {
         F w[V];
         for (int v = 0; v < V; ++v) w[v] = S::load(b + rank * kLoraBlock + v * kWidth);
         for (int r = 0; r < R; ++r) {
             const F mid = splat(a.mid[(row + r) * a.mid_row + rank]);
-            for (int v = 0; v < V; ++v) acc[r][v] += w[v] * mid;
+            for (int v = 0; v < V; ++v) to[r][v] += w[v] * mid;
         }
-    }
+    };
+    int64_t rank = 0;
+    for (; rank + kChains <= a.part->rank; rank += kChains) add(acc, rank), add(odd, rank + 1);
+    if (rank < a.part->rank) add(acc, rank);
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) acc[r][v] += odd[r][v];
     for (int r = 0; r < R; ++r) {
         typename S::T* to = out + a.rows[row + r] * out_token;
         for (int v = 0; v < V && v * kWidth < n; ++v) {

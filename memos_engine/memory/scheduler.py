@@ -280,7 +280,8 @@ class MemScheduler:
             )
             skipped = tuple(told(one, "not even the bare query meets the budget") for one in fit)
             return Plan((), skipped, 0.0, budget, 0.0, 0.0, False, empty, notes=(note,))
-        enough = (1 - give) * max(one.value for one, _, _ in found)
+        most_valued = max(one.value for one, _, _ in found)
+        enough = most_valued - give * abs(most_valued)  # a prefix in pages may be worth less than nothing
         near = [one for one in found if one[0].value >= enough - EQUAL]
         choice, ordered, items = best = min(near, key=lambda one: (one[0].ms, -one[0].value))
         ideal = max(ideal_value(plain, request.max_memories), choice.value, 1e-9)

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memos_engine.memory.arrange import burdens
+from memos_engine.memory.costs import Frame
 from memos_engine.memory.need import DISTRACTION
-from memos_engine.memory.plan import PlanInput
+from memos_engine.memory.plan import KnownPrefix, PlanInput
 from memos_engine.memory.quality import sketch
 from memos_engine.memory.scheduler import MemScheduler
 from tests.memory.test_costs import TABLE
@@ -67,3 +68,13 @@ def test_a_reason_prices_each_form() -> None:
     said = [re.search(r"about (\d+) ms as text, (\d+) ms as KV", one.reason) for one in plan.skipped]
     assert said
     assert all(one is not None and 0 < int(one[2]) < int(one[1]) for one in said)
+
+
+def test_a_busy_engine_plans_though_every_way_distracts() -> None:
+    """With KV the anchor comes from a record, so that a memory may fit where the bare query does not."""
+    frame = Frame(head=31, head_rows=31, head_rows_kv=0, tail=20, busy=1.0)
+    some = [needed("a", 0.01, 40), needed("b", 0.9, 3900)]
+    known = (KnownPrefix(("a",), 40),)
+    for budget in range(20, 60):
+        plan = SCHEDULER.plan(some, request(float(budget), frame=frame, known=known, tolerance=0.5))
+        assert plan.feasible or not plan.segments
