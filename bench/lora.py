@@ -2,7 +2,7 @@
 
 Adapters are random, of rank 16 on the MLP. Ours without, ours with (all requests with one of their own), ours
 with for one request of the batch alone, and the peers take turns, step by step. `byte_bound_ms` is the
-adapters' bytes over the read bandwidth measured in the same run: what reading them alone would take;
+adapters' bytes over the read bandwidth, its median between the rounds: what reading them alone would take;
 `extra_ms` is the median over rounds of what a step takes more than the two without in its round. PEFT is
 measured for one request, where it is installed. Swaps are of an adapter on all projections: `cold` reads it
 from the vault (checksum, checks, one copy) into a slot, `publish` puts one that is in memory into a slot.
@@ -35,6 +35,7 @@ from memos_engine.decoder.sequence import Sequence, TextSpan
 from memos_engine.decoder.weights import Weights
 from memos_engine.memory.vault import MemVault
 
+READ_EVERY = 20  # rounds: a neighbour of this machine may take half of its bandwidth for a minute
 RANK, PARTS = 16, ("gate", "up", "down")
 _PEFT = {n: f"{'self_attn' if n in 'qkvo' else 'mlp'}.{n}_proj" for n in PROJECTIONS}
 Row = dict[str, Any]
@@ -99,7 +100,10 @@ def _decode(options: Options, target: Target, weights: Weights, context: int, ba
         steps |= _peft_steps(target, weights, adapters[0], context)
     times: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps.items())
-    for _ in range(rounds + 3):
+    bandwidth: list[float] = []
+    for number in range(rounds + 3):
+        if number % READ_EVERY == 0:
+            bandwidth += [float(row["value"]) for row in _read("cpu", 0.05)]
         order.append(order.pop(0))  # nobody always comes behind the same one, who leaves the caches behind
         for name, step in order:
             start = time.perf_counter()
@@ -108,7 +112,7 @@ def _decode(options: Options, target: Target, weights: Weights, context: int, ba
     times = {name: seen[3:] for name, seen in times.items()}
     middle = {name: statistics.median(seen) for name, seen in times.items()}
     bases = [(a + b) / 2 for a, b in zip(times["none"], times["none_again"], strict=True)]
-    gb_per_s = max(float(row["value"]) for row in _read("cpu", 0.3))
+    gb_per_s = statistics.median(bandwidth)
     nbytes = adapters[0].nbytes
     common = {"mode": "decode", "context": context, "batch": batch, "rank": RANK, "targets": "mlp"}
     common |= {"dtype": options.resolved_dtype, "scope": "engine", "reuse": "none", "n": rounds}
@@ -125,6 +129,7 @@ def _decode(options: Options, target: Target, weights: Weights, context: int, ba
             bound = count * nbytes / gb_per_s / 1e6
             row |= {"adapters": count, "extra_ms": round(extra, 4)}
             row |= {"byte_bound_ms": round(bound, 4), "byte_bound": round(extra / bound, 3)}
+            row |= {"gb_per_s": round(gb_per_s, 1)}
         rows.append(row)
     return rows
 
