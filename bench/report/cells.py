@@ -83,6 +83,7 @@ TITLES = {
     "calibration_error": "calibration error",
     "same_first_token": "same first token",
     "kl_mean": "KL mean",
+    "gold_kl_mean": "KL from the asked paragraph alone",
     "cubes": "memories",
     "add_ms_p50": "add ms, P50",
     "add_ms_p95": "add ms, P95",
