@@ -3,8 +3,9 @@ Knapsack Problems, 2004, ch. 11).
 
 With a price on a millisecond, on a token of room and on a place among the memories, every candidate takes the
 form with the largest gain by itself. Each set of prices gives a choice to try, and, costs being nowhere above
-the true ones, a bound that no choice exceeds. All sets of prices are tried at once; the best choice that
-keeps all limits, at its true cost, takes in one memory more where that fits.
+the true ones, a bound that no choice exceeds. All sets of prices are tried at once, and parts of the greedy
+order (Sinha and Zoltners 1979) beside them; the best choice that keeps all limits, at its true cost, takes in
+one memory more where that fits.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from memos_engine.memory.items import (
 PRICES = np.concatenate([[1e-4, 0.2], np.geomspace(0.6, 5.0, 6)])
 ROOMS = np.asarray([0.0, 0.4])  # of a token, in the best gain for one
 PARTS = np.linspace(0.0, 1.0, 6)  # of the memories that fill the budget so, which are tried as they are
-NEAR = 16  # likeliest memories that are tried for that
+NEAR = 16  # likeliest memories that are tried to fill a choice up
 
 
 def many(items: Items, shares: Sequence[tuple[float, float]], limits: Limits) -> tuple[list[Choice], float]:
