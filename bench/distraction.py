@@ -174,7 +174,8 @@ def _distractions(part: str, scored: Sequence[Scored], seed: int) -> list[dict[s
     for name in ("f1", "log_likelihood"):
         x, y = _model(scored, name)
         drawn = [distraction(x[some].reshape(-1, 3), y[some].ravel()) for some in draws]
-        low, high = np.nanpercentile(drawn, (2.5, 97.5))
+        drawn = [d for d in drawn if not math.isnan(d)] or [math.nan]
+        low, high = np.percentile(drawn, (2.5, 97.5))
         found = Interval(distraction(x.reshape(-1, 3), y.ravel()), float(low), float(high))
         row = {"name": f"distraction, by {name}", "part": part, "questions": len(scored)}
         out.append(row | found.public(3))

@@ -81,6 +81,7 @@ def test_bad_queries_are_refused(store: MemoryStore, alice: Principal, toy: Any,
 def test_what_was_just_written_is_found(store: MemoryStore, alice: Principal, toy: Any, text: str) -> None:
     operator = MemOperator(store, toy())
     cube = operator.remember(alice, text)
-    best = operator.recall(alice, text, k=1000)
-    assert best[0].score == pytest.approx(1, abs=1e-5)
-    assert cube.id in {c.cube.id for c in best if c.score > 0.9999}
+    found = {c.cube.id: c.score for c in operator.recall(alice, text, k=1000)}
+    assert found[cube.id] == pytest.approx(1, abs=1e-5)
+    # Not always first: what an earlier example left in the store may say the same words more often.
+    assert max(found.values()) <= 1 + 1e-5
