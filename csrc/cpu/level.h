@@ -52,17 +52,18 @@ struct AddRows {
     int64_t tokens, to_token, from_token;
 };
 
-// Rows of one adapter, and what a delta makes of them. `mid` [rows][mid_row] is between a and b.
-struct LoraWork {
-    const LoraPart* part;
+// Rows of one adapter, and what a delta makes of them. `mid` [rows][mid_row] is between a and b. One line: a
+// step reads hundreds of these, each once, and comes to the delta's own bytes through it.
+struct alignas(64) LoraWork {
+    const void *a, *b;
     const void* x;  // [tokens, inputs]
-    DType dtype;
-    int64_t inputs, x_token;
     const int32_t* rows;
-    int64_t count;
-    float scale;  // of the segment
     float* mid;
-    int64_t mid_row;
+    int32_t rank, count, inputs, x_token;
+    float scale;  // of the delta and of the segment
+    DType dtype;
+
+    int64_t mid_row() const { return (rank + 15) / 16 * 16; }
 };
 
 struct Level {

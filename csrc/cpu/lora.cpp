@@ -10,6 +10,21 @@ namespace {
 
 constexpr int kGroup = 4;  // rows whose sums are in registers together
 
+// How `mid` is kept: as what meets b.
+template <class S>
+struct Mid {
+    typedef float T;
+    static ME_INLINE T of(float x) { return x; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Mid<BFloat16> {
+    typedef uint16_t T;
+    static ME_INLINE T of(float x) { return (T)BFloat16::round(splat(x))[0]; }
+};
+#endif
+
 template <class S>
 ME_INLINE int64_t padded(const LoraWork& a) {
     constexpr int64_t kStep = Dot<S>::kElements;
@@ -21,14 +36,12 @@ template <class S, int R, int C>
 ME_INLINE void block(const LoraWork& a, const typename Dot<S>::P* const* x, int64_t row, int64_t rank) {
     typedef Dot<S> D;
     constexpr int64_t kStep = D::kElements;
-    const typename S::T* w = (const typename S::T*)a.part->a + rank * a.inputs;
+    const typename S::T* w = (const typename S::T*)a.a + rank * a.inputs;
     F acc[C][R] = {};
     int64_t i = 0;
     for (; i + kStep <= a.inputs; i += kStep) {
         for (int c = 0; c < C; ++c) {
-            const auto* at = w + c * a.inputs + i;
-            __builtin_prefetch(at + C * a.inputs, 0, 2);
-            const auto weights = D::load(at);
+            const auto weights = D::load(w + c * a.inputs + i);
             for (int r = 0; r < R; ++r) acc[c][r] = D::add(acc[c][r], weights, x[r] + i);
         }
     }
@@ -38,9 +51,10 @@ ME_INLINE void block(const LoraWork& a, const typename Dot<S>::P* const* x, int6
             for (int r = 0; r < R; ++r) acc[c][r] = D::add(acc[c][r], weights, x[r] + i);
         }
     }
-    const float scale = a.part->scale * a.scale;
     for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) a.mid[(row + r) * a.mid_row + rank + c] = sum(acc[c][r]) * scale;
+        for (int c = 0; c < C; ++c)
+            ((typename Mid<S>::T*)a.mid)[(row + r) * a.mid_row() + rank + c] =
+                Mid<S>::of(sum(acc[c][r]) * a.scale);
 }
 
 template <class S>
@@ -54,7 +68,7 @@ void shrink(const LoraWork& a, int64_t begin, int64_t end, void* scratch) {
         const int64_t n = a.count - row < kGroup ? a.count - row : kGroup;
         const P* x[kGroup];
         for (int64_t r = 0; r < n; ++r) {
-            const T* from = (const T*)a.x + a.rows[row + r] * a.x_token;
+            const T* from = (const T*)a.x + (int64_t)a.rows[row + r] * a.x_token;
             P* to = (P*)scratch + r * size;
             if (!direct) D::pack(to, from, a.inputs, size);
             x[r] = direct ? (const P*)(const void*)from : to;
@@ -64,6 +78,9 @@ void shrink(const LoraWork& a, int64_t begin, int64_t end, void* scratch) {
             int64_t rank = begin;
             for (; rank + 4 <= end; rank += 4) block<S, R, 4>(a, x, row, rank);
             for (; rank < end; ++rank) block<S, R, 1>(a, x, row, rank);
+            typename Mid<S>::T* mid = (typename Mid<S>::T*)a.mid + row * a.mid_row();
+            for (int r = 0; r < R && end == a.rank && end % 2; ++r)
+                mid[r * a.mid_row() + end] = 0;  // the other half of the last pair
         });
     }
 }
@@ -74,18 +91,19 @@ ME_INLINE void blocks(const LoraWork& a, typename S::T* out, int64_t out_token, 
                       const typename S::T* b, int64_t n) {
     constexpr int V = kLoraBlock / kWidth;
     constexpr int kChains = 2;  // even and odd ranks apart: a row alone would wait for each of its sums
+    const float* mid = a.mid + row * a.mid_row();
     F acc[R][V] = {}, odd[R][V] = {};
     const auto add = [&](F(&to)[R][V], int64_t rank) {
         F w[V];
         for (int v = 0; v < V; ++v) w[v] = S::load(b + rank * kLoraBlock + v * kWidth);
         for (int r = 0; r < R; ++r) {
-            const F mid = splat(a.mid[(row + r) * a.mid_row + rank]);
-            for (int v = 0; v < V; ++v) to[r][v] += w[v] * mid;
+            const F middle = splat(mid[r * a.mid_row() + rank]);
+            for (int v = 0; v < V; ++v) to[r][v] += w[v] * middle;
         }
     };
     int64_t rank = 0;
-    for (; rank + kChains <= a.part->rank; rank += kChains) add(acc, rank), add(odd, rank + 1);
-    if (rank < a.part->rank) add(acc, rank);
+    for (; rank + kChains <= a.rank; rank += kChains) add(acc, rank), add(odd, rank + 1);
+    if (rank < a.rank) add(acc, rank);
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) acc[r][v] += odd[r][v];
     for (int r = 0; r < R; ++r) {
@@ -100,15 +118,55 @@ ME_INLINE void blocks(const LoraWork& a, typename S::T* out, int64_t out_token, 
     }
 }
 
+#if defined(__AVX512BF16__)
+// The same by products of pairs of ranks. Interleaving two ranks leaves outputs 0-3, 8-11, ... in one sum and
+// 4-7, 12-15, ... in the other; outputs are widened and narrowed in the same order.
+template <int R>
+ME_INLINE void pairs(const LoraWork& a, uint16_t* out, int64_t out_token, int64_t row, const uint16_t* b,
+                     int64_t n) {
+    static_assert(kLoraBlock == 32, "a register");
+    const uint16_t* mid = (const uint16_t*)a.mid + row * a.mid_row();
+    const __m512i zero = _mm512_setzero_si512();
+    __m512 low[R] = {}, high[R] = {};
+    const auto add = [&](__m512i even, __m512i odd, int64_t rank) {
+        const __m512bh lo = (__m512bh)_mm512_unpacklo_epi16(even, odd);
+        const __m512bh hi = (__m512bh)_mm512_unpackhi_epi16(even, odd);
+        for (int r = 0; r < R; ++r) {
+            const auto pair = (__m512bh)_mm512_set1_epi32(load_bits<int32_t>(mid + r * a.mid_row() + rank));
+            low[r] = _mm512_dpbf16_ps(low[r], lo, pair), high[r] = _mm512_dpbf16_ps(high[r], hi, pair);
+        }
+    };
+    int64_t rank = 0;
+    for (; rank + 2 <= a.rank; rank += 2)
+        add(load_bits<__m512i>(b + rank * 32), load_bits<__m512i>(b + (rank + 1) * 32), rank);
+    if (rank < a.rank) add(load_bits<__m512i>(b + rank * 32), zero, rank);
+    for (int r = 0; r < R; ++r) {
+        uint16_t* to = out + (int64_t)a.rows[row + r] * out_token;
+        uint16_t lanes[32];
+        if (n < 32) std::memcpy(lanes, to, n * 2);
+        const __m512i old = load_bits<__m512i>(n < 32 ? lanes : to);
+        const U lo = BFloat16::round((F)_mm512_unpacklo_epi16(zero, old) + (F)low[r]);
+        const U hi = BFloat16::round((F)_mm512_unpackhi_epi16(zero, old) + (F)high[r]);
+        store_bits(n < 32 ? lanes : to, _mm512_packus_epi32((__m512i)lo, (__m512i)hi));
+        if (n < 32) std::memcpy(to, lanes, n * 2);
+    }
+}
+#endif
+
 template <class S>
 void expand(const LoraWork& a, void* out, int64_t out_token, int64_t output, int64_t end) {
     typedef typename S::T T;
     for (; output < end; output += kLoraBlock) {
-        const T* b = (const T*)a.part->b + output * a.part->rank;
+        const T* b = (const T*)a.b + output * a.rank;
         const int64_t n = end - output < kLoraBlock ? end - output : kLoraBlock;
         for (int64_t row = 0; row < a.count; row += kGroup)
             with_rows(a.count - row < kGroup ? a.count - row : kGroup, [&](auto r) {
-                blocks<S, (r() < kGroup ? r() : kGroup)>(a, (T*)out + output, out_token, row, b, n);
+                constexpr int R = r() < kGroup ? r() : kGroup;
+#if defined(__AVX512BF16__)
+                if constexpr (std::is_same<S, BFloat16>::value)
+                    return pairs<R>(a, (T*)out + output, out_token, row, b, n);
+#endif
+                blocks<S, R>(a, (T*)out + output, out_token, row, b, n);
             });
     }
 }

@@ -8,33 +8,47 @@
 namespace memos_engine {
 namespace {
 
-constexpr int32_t kRanks = 8;  // of one item
+constexpr int32_t kRanks = 16;    // of one item
+constexpr int32_t kAhead = 4;     // deltas: what is asked for sooner takes room from what is read now
+constexpr int64_t kStart = 2048;  // bytes of an item's a, until the hardware prefetcher has seen the stream
 
-int64_t mid_row(const LoraWork& work) { return (work.part->rank + 15) / 16 * 16; }
+void fetch_bytes(const void* from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at, 0, 3);
+}
+
+void fetch_block(const LoraWork& work, int64_t output) {
+    const int64_t size = work.rank * size_of(work.dtype);
+    fetch_bytes((const char*)work.b + output * size, size * kLoraBlock);
+}
 
 }  // namespace
 
 void LoraStage::shrink(int64_t item, const void* x, const Level& level) const {
+    if (item + 1 < shrinks_) {
+        const LoraChunk& then = chunks_[item + 1];
+        const LoraWork& work = deltas_[then.delta];
+        fetch_bytes((const char*)work.a + (int64_t)then.rank * work.inputs * size_of(work.dtype), kStart);
+    }
     const LoraChunk& chunk = chunks_[item];
-    LoraWork work = deltas_[chunk.delta].work;
+    LoraWork work = deltas_[chunk.delta];
     work.x = x;
     level.lora_shrink(work, chunk.rank, chunk.rank_end, thread_scratch(level.lora_scratch(work)));
 }
 
-void LoraStage::fetch(int which, int64_t output) const {
-    for (int64_t i = 0; i < count_; ++i) {
-        const LoraDelta& delta = deltas_[i];
-        if (delta.which != which) continue;
-        const int64_t size = delta.work.part->rank * size_of(delta.work.dtype);
-        const char* b = (const char*)delta.work.part->b + output * size;
-        for (int64_t at = 0; at < size * kLoraBlock; at += 64) __builtin_prefetch(b + at, 0, 2);
-    }
+void LoraStage::fetch(int which, int count, int64_t output) const {
+    const int32_t begin = first_[which], end = std::min(begin + kAhead, first_[which + count]);
+    for (int32_t i = begin; i < end; ++i) fetch_block(deltas_[i], output);
 }
 
-void LoraStage::expand(int which, void* out, int64_t out_token, int64_t output, int64_t output_end,
-                       const Level& level) const {
-    for (int64_t i = 0; i < count_; ++i)
-        if (deltas_[i].which == which) level.lora_expand(deltas_[i].work, out, out_token, output, output_end);
+void LoraStage::expand(int which, int count, void* const* out, int64_t out_token, int64_t output,
+                       int64_t output_end, const Level& level) const {
+    const int32_t end = first_[which + count];
+    for (int p = 0; p < count; ++p) {
+        for (int32_t i = first_[which + p]; i < first_[which + p + 1]; ++i) {
+            if (i + kAhead < end) fetch_block(deltas_[i + kAhead], output);
+            level.lora_expand(deltas_[i], out[p], out_token, output, output_end);
+        }
+    }
 }
 
 Status LoraPlan::check(const LoraRows& rows, int64_t tokens) {
@@ -58,6 +72,7 @@ void LoraPlan::add(const LoraRows& rows, int64_t layer, const int* parts, int co
                    int64_t inputs, int64_t x_token) {
     const size_t first = deltas_.size();
     int64_t floats = 0;
+    End end = {};
     for (int which = 0; which < count; ++which) {
         for (int64_t i = 0; i < rows.segments; ++i) {
             const int64_t begin = rows.start[i], size = rows.start[i + 1] - begin;
@@ -66,16 +81,19 @@ void LoraPlan::add(const LoraRows& rows, int64_t layer, const int* parts, int co
             const LoraPart* part = slot + layer * kLoraParts + parts[which];
             if (part->rank <= 0) continue;
             const int32_t delta = (int32_t)(deltas_.size() - first);
-            LoraWork work = {part, nullptr,       dtype,   inputs, x_token, rows.order + begin,
-                             size, rows.scale[i], nullptr, 0};
-            work.mid_row = mid_row(work);
-            floats += size * work.mid_row;
-            deltas_.push_back({work, which});
+            LoraWork work = {
+                part->a,    part->b,       nullptr,         rows.order + begin, nullptr,
+                part->rank, (int32_t)size, (int32_t)inputs, (int32_t)x_token,   part->scale * rows.scale[i],
+                dtype};
+            floats += size * work.mid_row();
+            deltas_.push_back(work);
             for (int32_t rank = 0; rank < part->rank; rank += kRanks)
                 chunks_.push_back({delta, rank, std::min(part->rank, rank + kRanks)});
         }
+        for (int p = which + 1; p <= kLoraShared; ++p) end.first[p] = (int32_t)(deltas_.size() - first);
     }
-    ends_.push_back({deltas_.size(), chunks_.size()});
+    end.deltas = deltas_.size(), end.chunks = chunks_.size();
+    ends_.push_back(end);
     floats_ = std::max(floats_, floats);
 }
 
@@ -83,17 +101,18 @@ void LoraPlan::place(float* mid) {
     size_t at = 0;
     for (const End& end : ends_) {
         for (float* to = mid; at < end.deltas; ++at) {
-            LoraWork& work = deltas_[at].work;
+            LoraWork& work = deltas_[at];
             work.mid = to;
-            to += work.count * work.mid_row;
+            to += work.count * work.mid_row();
         }
     }
 }
 
 LoraStage LoraPlan::stage(size_t index) const {
-    const End first = index ? ends_[index - 1] : End{0, 0}, end = ends_[index];
-    return {deltas_.data() + first.deltas, chunks_.data() + first.chunks,
-            (int64_t)(end.deltas - first.deltas), (int64_t)(end.chunks - first.chunks)};
+    const End before = index ? ends_[index - 1] : End{};
+    const End& end = ends_[index];
+    return {deltas_.data() + before.deltas, chunks_.data() + before.chunks, end.first,
+            (int64_t)(end.chunks - before.chunks)};
 }
 
 Status lora_apply(const Lora& a, int threads) {
@@ -114,7 +133,8 @@ Status lora_apply(const Lora& a, int threads) {
         int p = 0;
         while (item >= first[p + 1]) ++p;
         const int64_t begin = (item - first[p]) * kOutputs, end = std::min(a.outputs[p], begin + kOutputs);
-        stage.expand(p, a.out[p], a.out_token[p], begin, end, level);
+        for (int64_t o = begin; o < end; o += kLoraBlock)
+            stage.expand(p, 1, &a.out[p], a.out_token[p], o, std::min(end, o + kLoraBlock), level);
     });
     return Status::ok;
 }

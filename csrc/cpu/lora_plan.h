@@ -3,16 +3,14 @@
 
 #include <stddef.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "level.h"
 
 namespace memos_engine {
 
-struct LoraDelta {
-    LoraWork work;
-    int which;  // of the projections of its stage
-};
+constexpr int kLoraShared = 3;  // most projections that share their input
 
 struct LoraChunk {
     int32_t delta, rank, rank_end;
@@ -21,23 +19,28 @@ struct LoraChunk {
 // The deltas of projections that share their input, for one forward; a view into a plan.
 class LoraStage {
   public:
-    LoraStage(const LoraDelta* deltas, const LoraChunk* chunks, int64_t count, int64_t shrinks)
-        : deltas_(deltas), chunks_(chunks), count_(count), shrinks_(shrinks) {}
+    LoraStage(const LoraWork* deltas, const LoraChunk* chunks, const int32_t* first, int64_t shrinks)
+        : deltas_(deltas), chunks_(chunks), shrinks_(shrinks) {
+        std::copy(first, first + kLoraShared + 1, first_);
+    }
 
-    bool empty() const { return count_ == 0; }
+    bool empty() const { return first_[kLoraShared] == 0; }
     int64_t shrinks() const { return shrinks_; }
 
     // x is the same for all; whoever calls it decides whose copy.
     void shrink(int64_t item, const void* x, const Level& level) const;
-    // Asks for what `expand` will read of one block of outputs.
-    void fetch(int which, int64_t output) const;
-    void expand(int which, void* out, int64_t out_token, int64_t output, int64_t output_end,
+    // Asks for the first of what `expand` will read of one block of outputs, for `count` projections from
+    // `which` on.
+    void fetch(int which, int count, int64_t output) const;
+    // out[i] [tokens, out_token] is of projection which + i.
+    void expand(int which, int count, void* const* out, int64_t out_token, int64_t output, int64_t output_end,
                 const Level& level) const;
 
   private:
-    const LoraDelta* deltas_;
+    const LoraWork* deltas_;
     const LoraChunk* chunks_;
-    int64_t count_, shrinks_;
+    int64_t shrinks_;
+    int32_t first_[kLoraShared + 1];  // of `deltas_`, by projection
 };
 
 // Stages one after the other. Kept from step to step, it allocates nothing.
@@ -55,9 +58,10 @@ class LoraPlan {
 
   private:
     struct End {
-        size_t deltas, chunks;
+        size_t deltas = 0, chunks = 0;
+        int32_t first[kLoraShared + 1] = {};
     };
-    std::vector<LoraDelta> deltas_;
+    std::vector<LoraWork> deltas_;
     std::vector<LoraChunk> chunks_;
     std::vector<End> ends_;
     int64_t floats_ = 0;

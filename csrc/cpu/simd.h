@@ -48,7 +48,13 @@ ME_INLINE void store_bits(T* p, V v) {
 
 ME_INLINE F load(const float* p) { return load_bits<F>(p); }
 ME_INLINE void store(float* p, F v) { store_bits(p, v); }
-ME_INLINE F splat(float x) { return F{} + x; }
+ME_INLINE F splat(float x) {
+#if defined(__AVX512F__)
+    return (F)_mm512_set1_ps(x);
+#else
+    return F{} + x;
+#endif
+}
 ME_INLINE I splat(int32_t x) { return I{} + x; }
 ME_INLINE F max(F a, F b) { return a > b ? a : b; }
 
@@ -136,13 +142,20 @@ struct Float32 {
 struct BFloat16 {
     typedef uint16_t T;
     static constexpr DType dtype = DType::bf16;
-    static ME_INLINE F load(const T* p) { return (F)(__builtin_convertvector(load_bits<H>(p), U) << 16); }
-    static ME_INLINE void store(T* p, F v) {
+    static ME_INLINE F load(const T* p) {
+#if defined(__AVX512F__)  // GCC converts the halves apart
+        return (F)((U)_mm512_cvtepu16_epi32(load_bits<__m256i>(p)) << 16);
+#else
+        return (F)(__builtin_convertvector(load_bits<H>(p), U) << 16);
+#endif
+    }
+    static ME_INLINE U round(F v) {
         const U bits = (U)v;
         const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
         const U quiet_nan = (bits >> 16) | 0x40u;
-        store_bits(p, __builtin_convertvector(v == v ? rounded : quiet_nan, H));
+        return v == v ? rounded : quiet_nan;
     }
+    static ME_INLINE void store(T* p, F v) { store_bits(p, __builtin_convertvector(round(v), H)); }
 };
 
 struct Float16 {

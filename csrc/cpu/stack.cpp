@@ -2,6 +2,7 @@
 #include "memos_engine/stack.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <map>
 
 #include "attention_plan.h"
@@ -123,9 +124,9 @@ class Forward {
             stage(q_items + 2 * kv_items, [&](int64_t item) {
                 const auto one = [&](int which, const void* weight, const float* scale, const void* bias,
                                      char* out, int64_t outputs, int64_t at) {
-                    fetch(lora, which, at);
+                    fetch(lora, which, 1, at);
                     product(x, weight, scale, bias, out, s_.hidden, outputs, at);
-                    expand(lora, which, out, outputs, at);
+                    expand(lora, which, {out}, outputs, at);
                 };
                 if (item < q_items) return one(0, layer.q, layer.q_scale, layer.q_bias, q_, q, item);
                 item -= q_items;
@@ -200,33 +201,35 @@ class Forward {
         if (bias) level_.add_rows({out, bias, s_.dtype, c_.tokens, outputs, 0}, begin, end);
     }
 
-    void fetch(const LoraStage* lora, int which, int64_t item) const {
-        if (lora) lora->fetch(which, item * kOutputs);
+    void fetch(const LoraStage* lora, int which, int count, int64_t item) const {
+        if (lora) lora->fetch(which, count, item * kOutputs);
     }
 
-    // Adds deltas to a product of all tokens.
-    void expand(const LoraStage* lora, int which, void* out, int64_t outputs, int64_t item) const {
+    // Adds deltas to the products of all tokens with projections from `which` on.
+    void expand(const LoraStage* lora, int which, std::initializer_list<void*> out, int64_t outputs,
+                int64_t item) const {
         if (!lora) return;
         Team::await(shrunk_[(size_t)(lora - lora_.data())], lora->shrinks());
         const int64_t begin = item * kOutputs;
-        lora->expand(which, out, outputs, begin, std::min(outputs, begin + kOutputs), level_);
+        const int count = (int)out.size();
+        lora->expand(which, count, out.begin(), outputs, begin, std::min(outputs, begin + kOutputs), level_);
     }
 
     // A product that goes into the residual stream.
     void added(const char* x, const void* weight, const float* scale, int64_t inputs, const LoraStage* lora,
                int64_t item) const {
-        fetch(lora, 0, item);
+        fetch(lora, 0, 1, item);
         product(x, weight, scale, nullptr, y_, inputs, s_.hidden, item);
-        expand(lora, 0, y_, s_.hidden, item);
+        expand(lora, 0, {y_}, s_.hidden, item);
         const int64_t begin = item * kOutputs, end = std::min(s_.hidden, begin + kOutputs);
         level_.add_rows({c_.hidden, y_, s_.dtype, c_.tokens, s_.hidden, s_.hidden}, begin, end);
     }
 
     void gated(const char* x, const StackLayer& layer, const LoraStage* lora, int64_t item) const {
-        fetch(lora, 0, item), fetch(lora, 1, item);
+        fetch(lora, 0, 2, item);
         product(x, layer.gate, layer.gate_scale, nullptr, gate_, s_.hidden, s_.inner, item);
         product(x, layer.up, layer.up_scale, nullptr, up_, s_.hidden, s_.inner, item);
-        expand(lora, 0, gate_, s_.inner, item), expand(lora, 1, up_, s_.inner, item);
+        expand(lora, 0, {gate_, up_}, s_.inner, item);
         const int64_t begin = item * kOutputs, width = std::min(s_.inner, begin + kOutputs) - begin;
         const int64_t at = begin * element_;
         const SiluMul args = {gate_ + at, up_ + at, act_ + at, s_.dtype, c_.tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import mmap
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from memos_engine.decoder.spec import ModelSpec
 from memos_engine.errors import ModelFilesError
+from memos_engine.ops.pages import huge_zeros
 
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK_BYTES = 1 << 20
@@ -217,11 +217,7 @@ class _Arena:
         for name, shape in shapes.items():
             self.places[name] = end, shape
             end += -(-_count(shape) * dtype.itemsize // 64) * 64
-        memory = mmap.mmap(-1, max(end, 1))
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without them
-                memory.madvise(mmap.MADV_HUGEPAGE)
-        self.memory, self.dtype = torch.frombuffer(memory, dtype=torch.uint8), dtype
+        self.memory, self.dtype = huge_zeros(end), dtype
 
     def __contains__(self, name: str) -> bool:
         return name in self.places

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from memos_engine.errors import KernelContractError
+from memos_engine.ops.pages import huge_zeros
 
 PARTS = ("q", "k", "v", "o", "gate", "up", "down")
 BLOCK = 32  # outputs of b that lie together
@@ -170,7 +171,7 @@ def pack(
     device = torch.device(device)
     layout = LoraLayout.of(modules)
     if buffer is None:
-        buffer = torch.zeros(layout.size, dtype=dtype, device=device)  # gaps included: it can be summed
+        buffer = _room(layout.size, dtype, device)
     if buffer.numel() < layout.size or buffer.dtype != dtype:
         raise KernelContractError(
             f"An adapter of {layout.size} elements does not fit its buffer of {buffer.numel()}."
@@ -197,17 +198,18 @@ def fill_from(
     """A slot's content from deltas that lie as `layout` says already: one copy. None where a number is NaN
     or infinite, or becomes so in `dtype`; the copy is zeroed then."""
     device = torch.device(device)
-    if device.type == "cpu":
-        # numpy asks for huge pages, which is most of the time that fresh memory takes.
-        raw = np.empty(layout.size * dtype.itemsize + 64, dtype=np.uint8)
-        begin = -raw.ctypes.data % 64
-        buffer = torch.from_numpy(raw[begin : begin + layout.size * dtype.itemsize]).view(dtype)
-    else:
-        buffer = torch.empty(layout.size, dtype=dtype, device=device)
+    buffer = _room(layout.size, dtype, device)
     if not _copied(flat[: layout.size], buffer):
         buffer.zero_()
         return None
     return LoraFill(layout, layout.words(buffer, layers), buffer)
+
+
+def _room(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros: with gaps, too, all can be summed."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    return huge_zeros(size * dtype.itemsize).view(dtype)
 
 
 def all_finite(flat: Tensor) -> bool:
