@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memos_engine.memory.arrange import Burdens, as_numbers, ideal_value, items_of
+from memos_engine.memory.arrange import as_numbers, ideal_value, items_of
 from memos_engine.memory.costs import Pricer
 from memos_engine.memory.items import KV, SKIP, TEXT, loads, values
 from memos_engine.memory.plan import Plan, PlanInput, PlanRequest, Segment, Skipped
@@ -47,12 +47,11 @@ class Fixed(MemScheduler):
         self,
         fit: Sequence[PlanInput],
         request: PlanRequest,
-        heavy: Burdens,
         price: Pricer,
         budget: float,
     ) -> Plan:
         order = sorted(fit, key=lambda one: -self.ages[one.cube_id]) if self.policy.newest else list(fit)
-        items = items_of(order, request, heavy)
+        items = items_of(order, request)
         forms = np.zeros((1, len(order)), np.int8)
         used = 0.0
         for i in range(len(order)):

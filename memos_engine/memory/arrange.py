@@ -5,7 +5,7 @@ Pure functions, without a policy of their own; `scheduler.py` decides with them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from memos_engine.memory.plan import Forecast, KnownPrefix, Option, PlanInput, P
 from memos_engine.memory.quality import overlaps
 
 PREFERENCE = 0.01  # of a memory's value, that a form the policies do not prefer loses
-Burdens = Mapping[str, float]
 MEBI = float(1 << 20)
 UNIT = 100.0  # tokens, by which reasons state what a memory would take
 
@@ -31,7 +30,6 @@ def kind(exact: bool) -> str:
 def items_of(
     fit: Sequence[PlanInput],
     request: PlanRequest,
-    heavy: Burdens,
     cached: int = 0,
     overlap: Floats | None = None,
 ) -> Items:
@@ -54,21 +52,18 @@ def items_of(
         text_worth=array([1 - PREFERENCE * (one.prefers == "kv") for one in fit]),
         kv_worth=array([1 - PREFERENCE * (one.prefers == "text") for one in fit]),
         overlap=overlaps([one.sketch for one in fit]) if overlap is None else overlap,
-        burden=array([heavy[one.cube_id] for one in fit]),
+        burden=array([one.burden for one in fit]),
         cached=cached,
     )
 
 
-def burdens(fit: Sequence[PlanInput], most: int, distraction: float) -> Burdens:
+def burdens(needs: Floats, tokens: Floats, most: int, distraction: float) -> Floats:
     """What each memory's tokens take from the worth of the others, of which the `most` most needed count;
     distraction: a thousand tokens' share of it (`need.DISTRACTION`)."""
-    needs = np.asarray([one.need or 0.0 for one in fit], np.float64)
     top = np.argsort(-needs, kind="stable")[:most]
-    others = np.full(len(fit), needs[top].sum())
+    others = np.full(len(needs), needs[top].sum())
     others[top] -= needs[top]
-    tokens = np.asarray([max(one.text_tokens, one.kv.tokens) for one in fit], np.float64)
-    cost = distraction / 1e3 * tokens * np.minimum(1.0, others)
-    return dict(zip([one.cube_id for one in fit], cost.tolist(), strict=True))
+    return np.asarray(distraction / 1e3 * tokens * np.minimum(1.0, others), np.float64)
 
 
 def distracts(one: PlanInput) -> str:
@@ -136,7 +131,6 @@ def left_out(
     share: float,
     forecast: Forecast,
     taken: int,
-    heavy: Burdens,
 ) -> tuple[Skipped, ...]:
     """Why each of the others stays out."""
     if not left:
@@ -145,7 +139,7 @@ def left_out(
         return tuple(told(one, f"max_memories ({request.max_memories}) is reached") for one in left)
     kv_too = request.form != "text"
     spare = max(0.0, (request.budget_ms or 0.0) - forecast.promise_ms)
-    useful = [(one.need or 0.0) >= heavy[one.cube_id] for one in left]
+    useful = [(one.need or 0.0) >= one.burden for one in left]
     text, kv = per_token(price, share) if any(useful) else (0.0, 0.0)
     out = []
     for one, helps in zip(left, useful, strict=True):

@@ -38,7 +38,8 @@ class PlanInput:
     `relevance` is its place among the candidates (None: its score); `score` is what `min_score` speaks of.
     `need`: probability that the answer needs it (None: read off relevance and score). `prefers`: `kv` or
     `text` where the paper's policies prefer one. `sketch`: what tells memories that say the same
-    (`quality.sketch`); empty: nothing is known.
+    (`quality.sketch`); empty: nothing is known. `burden`: what its tokens take from the worth of the others;
+    the scheduler sets it.
     """
 
     cube_id: str
@@ -49,6 +50,7 @@ class PlanInput:
     need: float | None = None
     prefers: str | None = None
     sketch: bytes = b""
+    burden: float = 0.0
 
     @property
     def rank(self) -> float:

@@ -17,7 +17,6 @@ from memos_engine.errors import MemoryInputError
 from memos_engine.memory.adapters import AdapterOption
 from memos_engine.memory.arrange import (
     MEBI,
-    Burdens,
     ahead,
     arranged,
     as_numbers,
@@ -80,37 +79,43 @@ class MemScheduler:
         keys = list(zip((-rank).tolist(), (-score).tolist(), ids, strict=True))
         places = sorted(range(len(ids)), key=keys.__getitem__)
         order = [candidates[place] for place in places]
-        needs = self.need(score[places], rank[places], tokens[places])
-        order = [
-            one if one.need is not None else _needed(one, p)
-            for one, p in zip(order, needs.tolist(), strict=True)
-        ]
-        fit: list[PlanInput] = []
+        guessed = self.need(score[places], rank[places], tokens[places]).tolist()
+        needs = [p if one.need is None else one.need for one, p in zip(order, guessed, strict=True)]
+        inside: list[int] = []
         skipped: list[Skipped] = []
-        for one in order:
-            obstacle = _obstacle(one, request, len(fit))
+        for place, one in enumerate(order):
+            obstacle = _obstacle(one, request, len(inside))
             if obstacle:
-                skipped.append(told(one, obstacle))
+                skipped.append(Skipped(one.cube_id, obstacle, one.score, needs[place]))
             else:
-                fit.append(one)
-        heavy = burdens(fit, request.max_memories, self.distraction)
-        plan = self._chosen(fit, request, heavy)
+                inside.append(place)
+        fit = self._weighed([order[i] for i in inside], [needs[i] for i in inside], request.max_memories)
+        plan = self._chosen(fit, request)
         if request.adapter is not None and fit:
-            plan = self._with_adapter(fit, request, heavy, request.adapter, plan)
+            plan = self._with_adapter(fit, request, request.adapter, plan)
         notes = plan.notes if self.costs.calibrated else (*plan.notes, _UNCALIBRATED)
         return replace(plan, skipped=_in_order((*plan.skipped, *skipped), order), notes=notes)
 
-    def _chosen(self, fit: Sequence[PlanInput], request: PlanRequest, heavy: Burdens) -> Plan:
+    def _weighed(self, fit: Sequence[PlanInput], needs: Sequence[float], most: int) -> list[PlanInput]:
+        """Candidates with their need and their burden; `replace` takes four times as long, and this runs for
+        all of them."""
+        tokens = np.asarray([max(one.text_tokens, one.kv.tokens) for one in fit], np.float64)
+        costs = burdens(np.asarray(needs, np.float64), tokens, most, self.distraction).tolist()
+        return [
+            PlanInput(o.cube_id, o.score, o.text_tokens, o.kv, o.relevance, need, o.prefers, o.sketch, cost)
+            for o, need, cost in zip(fit, needs, costs, strict=True)
+        ]
+
+    def _chosen(self, fit: Sequence[PlanInput], request: PlanRequest) -> Plan:
         price = self.pricer(request)
         if request.budget_ms is None:
-            return self._best(fit, request, heavy, price)
-        return self._within(fit, request, heavy, price, request.budget_ms)
+            return self._best(fit, request, price)
+        return self._within(fit, request, price, request.budget_ms)
 
     def _with_adapter(
         self,
         fit: Sequence[PlanInput],
         request: PlanRequest,
-        heavy: Burdens,
         option: AdapterOption,
         without: Plan,
     ) -> Plan:
@@ -121,7 +126,7 @@ class MemScheduler:
         rest = [replace(one, need=(one.need or 0.0) * (1 - known)) if one in covered else one for one in fit]
         swap_ms = self.costs.swap_ms * option.nbytes / MEBI if option.swap_ms is None else option.swap_ms
         frame = replace(request.frame, swap_ms=0.0 if option.warm else swap_ms)
-        plan = self._chosen(rest, replace(request, frame=frame, adapter=None), heavy)
+        plan = self._chosen(rest, replace(request, frame=frame, adapter=None))
         gain = known * sum(one.need or 0.0 for one in covered)
         gain += PROCEDURAL * option.probability * (option.policy != "exclusive")
         mine, other = (sum(s.value for s in one.segments) for one in (plan, without))
@@ -196,7 +201,7 @@ class MemScheduler:
 
     # -- without a budget ------------------------------------------------------------------------
 
-    def _best(self, fit: Sequence[PlanInput], request: PlanRequest, heavy: Burdens, price: Pricer) -> Plan:
+    def _best(self, fit: Sequence[PlanInput], request: PlanRequest, price: Pricer) -> Plan:
         """The most relevant that fit, as KV where a share keeps the quality."""
         most = min(request.max_memories, len(fit))
         share = request.recompute
@@ -219,17 +224,17 @@ class MemScheduler:
                 skipped.append(told(one, f"max_memories ({request.max_memories}) is reached"))
             elif tokens > room:
                 skipped.append(told(one, _no_room(tokens, room, request)))
-            elif (one.need or 0.0) - again < heavy[one.cube_id]:
+            elif (one.need or 0.0) - again < one.burden:
                 skipped.append(told(one, distracts(one)))
             else:
                 chosen.append((one, form))
                 inside.append(place)
                 used += tokens
         within = alike[np.ix_(inside, inside)]
-        items = items_of([one for one, _ in chosen], request, heavy, overlap=within)
+        items = items_of([one for one, _ in chosen], request, overlap=within)
         forms = np.asarray([[form for _, form in chosen]], np.int8).reshape(1, len(chosen))
         load = loads(items, forms, share or 0.0)
-        segments = self._segments(chosen, reasons, share or 0.0, most, heavy)
+        segments = self._segments(chosen, reasons, share or 0.0, most)
         kept = float(values(items, forms, self.quality.of(share or 0.0, most))[0])
         ideal = ideal_value(items, len(items))
         return Plan(
@@ -246,7 +251,6 @@ class MemScheduler:
         self,
         fit: Sequence[PlanInput],
         request: PlanRequest,
-        heavy: Burdens,
         price: Pricer,
         budget: float,
     ) -> Plan:
@@ -261,14 +265,14 @@ class MemScheduler:
         found: list[tuple[Choice, list[PlanInput], Items]] = []
         bound = 0.0
         limits = Limits(price, budget, request.max_memory_tokens, request.max_memories, give)
-        plain = items_of(fit, request, heavy)
+        plain = items_of(fit, request)
         for known in (None, *request.known):
             ordered = ahead(fit, known)
             if ordered is None:
                 continue
             items = plain
             if known is not None:
-                items = items_of(ordered, request, heavy, len(known.cube_ids))
+                items = items_of(ordered, request, len(known.cube_ids))
             choices, most_possible = search(items, graded, limits)
             found += [(choice, ordered, items) for choice in choices]
             bound = max(bound, most_possible)
@@ -288,11 +292,11 @@ class MemScheduler:
         load = loads(items, np.asarray([choice.forms], np.int8), choice.share)
         forecast = self.forecast(price, as_numbers(load))
         taken, reasons = arranged(choice, ordered, items)
-        segments = self._segments(taken, reasons, choice.share, most, heavy)
+        segments = self._segments(taken, reasons, choice.share, most)
         left = [one for one, form in zip(ordered, choice.forms, strict=True) if form == SKIP]
         return Plan(
             segments,
-            left_out(left, request, price, choice.share, forecast, len(segments), heavy),
+            left_out(left, request, price, choice.share, forecast, len(segments)),
             choice.share,
             budget,
             choice.value / ideal,
@@ -308,7 +312,6 @@ class MemScheduler:
         reasons: dict[str, str],
         share: float,
         most: int,
-        heavy: Burdens,
     ) -> tuple[Segment, ...]:
         spliced = self.quality.of(share, most)
         out = []
@@ -316,7 +319,7 @@ class MemScheduler:
             need = one.need or 0.0
             exact = form == TEXT or (slot == 0 and one.kv.exact_in_slot0)
             tokens = one.kv.tokens if form == KV else one.text_tokens
-            value = need * (1.0 if exact else spliced) - heavy[one.cube_id]
+            value = need * (1.0 if exact else spliced) - one.burden
             name = "kv" if form == KV else "text"
             out.append(Segment(one.cube_id, name, reasons[one.cube_id], slot, tokens, one.score, need, value))
         return tuple(out)
@@ -338,14 +341,6 @@ def _numbers(candidates: Sequence[PlanInput]) -> Floats:
             "at least 0."
         )
     return np.asarray(numbers[:, [0, 1, 3]].T, np.float64)
-
-
-def _needed(one: PlanInput, p: float) -> PlanInput:
-    """The candidate with its probability; `replace` takes four times as long, and this runs for all of
-    them."""
-    return PlanInput(
-        one.cube_id, one.score, one.text_tokens, one.kv, one.relevance, p, one.prefers, one.sketch
-    )
 
 
 def _obstacle(one: PlanInput, request: PlanRequest, before: int) -> str:

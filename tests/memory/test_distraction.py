@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,12 +53,12 @@ def test_what_is_said_already_distracts_too(budget: float | None) -> None:
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 900)), max_size=12), st.integers(0, 12))
 def test_a_burden_is_a_share_of_what_the_others_are_worth(rows: list[tuple[float, int]], most: int) -> None:
-    some = [needed(f"m{i}", need, tokens) for i, (need, tokens) in enumerate(rows)]
-    cost = burdens(some, most, 0.5)
-    top = sorted(some, key=lambda one: -(one.need or 0.0))[:most]
-    for one in some:
-        others = sum(other.need or 0.0 for other in top if other is not one)
-        assert cost[one.cube_id] == pytest.approx(0.5 * one.text_tokens / 1e3 * min(1.0, others), abs=1e-9)
+    needs, tokens = np.asarray(rows, np.float64).reshape(-1, 2).T
+    cost = burdens(needs, tokens, most, 0.5)
+    top = sorted(range(len(rows)), key=lambda place: -needs[place])[:most]
+    for i in range(len(rows)):
+        others = sum(needs[place] for place in top if place != i)
+        assert cost[i] == pytest.approx(0.5 * tokens[i] / 1e3 * min(1.0, others), abs=1e-9)
 
 
 def test_a_reason_prices_each_form() -> None:
