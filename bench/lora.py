@@ -4,13 +4,15 @@ Adapters are random, of rank 16 on the MLP. Ours without, ours with (all request
 with for one request of the batch alone, and the peers take turns, step by step. `byte_bound_ms` is the
 adapters' bytes over the read bandwidth, its median between the rounds: what reading them alone would take;
 `extra_ms` is the median over rounds of what a step takes more than the two without in its round. PEFT is
-measured for one request, where it is installed. Swaps are of an adapter on all projections: `cold` reads it
-from the vault (checksum, checks, one copy) into a slot, `publish` puts one that is in memory into a slot.
+measured for one request, where it is installed, beside the same model without it (`peft_none`). Swaps are of
+an adapter on all projections: `cold` reads it from the vault (checksum, checks, one copy) into a slot,
+`publish` puts one that is in memory into a slot.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import random
 import statistics
 import tempfile
 import time
@@ -99,12 +101,12 @@ def _decode(options: Options, target: Target, weights: Weights, context: int, ba
     if batch == 1 and _wanted(options):
         steps |= _peft_steps(target, weights, adapters[0], context)
     times: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps.items())
+    order, shuffle = list(steps.items()), random.Random(options.seed).shuffle
     bandwidth: list[float] = []
     for number in range(rounds + 3):
         if number % READ_EVERY == 0:
             bandwidth += [float(row["value"]) for row in _read("cpu", 0.05)]
-        order.append(order.pop(0))  # nobody always comes behind the same one, who leaves the caches behind
+        shuffle(order)  # nobody always comes behind the same one, who leaves the caches behind
         for name, step in order:
             start = time.perf_counter()
             step()
@@ -157,13 +159,19 @@ def _wanted(options: Options) -> bool:
     return named and importlib.util.find_spec("peft") is not None
 
 
-def _peft_model(target: Target, weights: Weights, adapter: Adapter) -> Any:
-    import peft
+def _plain_model(target: Target, weights: Weights) -> Any:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(target.folder)
     model = transformers.AutoModelForCausalLM.from_config(config).to(weights.dtype).eval()
     model.load_state_dict(dict(weights.tensors), strict=False)
+    return model
+
+
+def _peft_model(target: Target, weights: Weights, adapter: Adapter) -> Any:
+    import peft
+
+    model = _plain_model(target, weights)
     names = sorted({name for _, name in adapter.modules})
     lora = peft.LoraConfig(
         r=RANK, lora_alpha=RANK, target_modules=[f"{n}_proj" for n in names], task_type="CAUSAL_LM"
@@ -186,25 +194,18 @@ def _peft_steps(
     merged = _peft_model(target, weights, adapter).merge_and_unload()
     ids = torch.arange(1, context + 1)[None] % (target.spec.vocab_size - 1)
 
-    def stepping(run_model: Any, without: bool = False) -> Callable[[], None]:
+    def stepping(run_model: Any) -> Callable[[], None]:
         cache = transformers.DynamicCache()
 
-        def forward(tokens: torch.Tensor) -> None:
+        def call(tokens: torch.Tensor) -> None:
             with torch.inference_mode():
                 run_model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-        def call(tokens: torch.Tensor) -> None:
-            if without:
-                with run_model.disable_adapter():
-                    forward(tokens)
-            else:
-                forward(tokens)
 
         call(ids)
         return lambda: call(torch.tensor([[5]]))
 
     return {
-        "peft_none": stepping(model, without=True),
+        "peft_none": stepping(_plain_model(target, weights)),
         "peft_unmerged": stepping(model),
         "peft_merged": stepping(merged),
     }

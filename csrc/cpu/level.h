@@ -52,8 +52,9 @@ struct AddRows {
     int64_t tokens, to_token, from_token;
 };
 
-// Rows of one adapter, and what a delta makes of them. `mid` [rows][mid_row] is between a and b. One line: a
-// step reads hundreds of these, each once, and comes to the delta's own bytes through it.
+// Rows of one adapter, and what a delta makes of them. `mid` [rows][mid_row] is between a and b, in the
+// level's own form. One line: a step reads hundreds of these, each once, and comes to the delta's own bytes
+// through it.
 struct alignas(64) LoraWork {
     const void *a, *b;
     const void* x;  // [tokens, inputs]
