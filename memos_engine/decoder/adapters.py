@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from memos_engine.decoder.adapter import PROJECTIONS, Adapter, PackedModules
 from memos_engine.decoder.spec import ModelSpec
@@ -84,6 +85,7 @@ class AdapterSlots:
         self._shapes = {name: tuple(getattr(weights.layers[0], name).shape) for name in PROJECTIONS}
         self._sizes = np.asarray([self._shapes[name] for name in PARTS], dtype=np.int64)
         self._resident: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
+        self._spare: list[Tensor] = []  # of those that went: fresh memory may take longer than the copy
         self._lock = threading.RLock()
 
     @property
@@ -110,11 +112,16 @@ class AdapterSlots:
             fill: LoraFill | None
             if isinstance(modules, PackedModules):
                 self._make_room(self._bytes_of(modules.layout))
-                fill = fill_from(modules.layout, modules.flat, self.spec.num_layers, self.dtype, self.device)
+                buffer = self._spare_of(modules.layout.size)
+                fill = fill_from(
+                    modules.layout, modules.flat, self.spec.num_layers, self.dtype, self.device, buffer
+                )
             else:
                 deltas = {key: (m.a.detach(), m.b.detach(), m.scale) for key, m in modules.items()}
-                self._make_room(self._bytes_of(LoraLayout.of(deltas)))
-                fill = pack(deltas, self.spec.num_layers, self.dtype, self.device)
+                layout = LoraLayout.of(deltas)
+                self._make_room(self._bytes_of(layout))
+                buffer = self._spare_of(layout.size)
+                fill = pack(deltas, self.spec.num_layers, self.dtype, self.device, buffer)
                 fill = fill if all_finite(fill.buffer) else None
             if fill is None:
                 raise AdapterError(f"Adapter {adapter.digest[:12]} holds NaN or infinity.")
@@ -164,6 +171,7 @@ class AdapterSlots:
                 found.doomed = True
                 if not found.users:
                     self.evict(digest)
+            self._spare.clear()
 
     def pin(self, digest: str, pinned: bool = True) -> None:
         """Keeps an adapter resident whatever else comes."""
@@ -183,6 +191,7 @@ class AdapterSlots:
             del self._resident[digest]
             found.fill.buffer.zero_()
             found.fill.words.zero_()
+            self._spare.append(found.fill.buffer)
 
     def follow(self, weights: Weights) -> None:
         """Other weights come: whatever no request uses is evicted, pinned or not. Raises AdapterInUseError,
@@ -197,6 +206,7 @@ class AdapterSlots:
             for digest in [d for d in self._resident if d not in used]:
                 self.evict(digest)
             self.dtype = weights.dtype
+            self._spare.clear()
 
     def _get(self, digest: str) -> _Resident:
         found = self._resident.get(digest)
@@ -216,6 +226,16 @@ class AdapterSlots:
         raise AdapterInUseError(
             f"All {len(self.table.fills)} adapter slots are in use; wait for a request to end."
         )
+
+    def _spare_of(self, size: int) -> Tensor | None:
+        """Zeros of this size that an adapter left; where there are none, others go until new ones fit."""
+        for place, spare in enumerate(self._spare):
+            if spare.numel() == size:
+                return self._spare.pop(place)
+        room = self.max_bytes - self.nbytes - size * self.dtype.itemsize
+        while self._spare and sum(s.nbytes for s in self._spare) > room:
+            self._spare.pop(0)
+        return None
 
     def _make_room(self, size: int) -> None:
         idle = [d for d, r in self._resident.items() if not r.users and not r.pinned]

@@ -166,7 +166,7 @@ def pack(
 ) -> LoraFill:
     """Deltas `(a [rank, in], b [out, rank], scale)` by layer and part, rounded to `dtype`, in one buffer.
 
-    buffer: flat, of this dtype and device; a new one by default.
+    buffer: flat, of this dtype and device, zeros; a new one by default.
     """
     device = torch.device(device)
     layout = LoraLayout.of(modules)
@@ -193,12 +193,18 @@ def place(
 
 
 def fill_from(
-    layout: LoraLayout, flat: Tensor, layers: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    layout: LoraLayout,
+    flat: Tensor,
+    layers: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    buffer: Tensor | None = None,
 ) -> LoraFill | None:
     """A slot's content from deltas that lie as `layout` says already: one copy. None where a number is NaN
-    or infinite, or becomes so in `dtype`; the copy is zeroed then."""
-    device = torch.device(device)
-    buffer = _room(layout.size, dtype, device)
+    or infinite, or becomes so in `dtype`; the copy is zeroed then. buffer: zeros of this size; new ones by
+    default."""
+    if buffer is None:
+        buffer = _room(layout.size, dtype, torch.device(device))
     if not _copied(flat[: layout.size], buffer):
         buffer.zero_()
         return None

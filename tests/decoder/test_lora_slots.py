@@ -137,15 +137,18 @@ class Slots(RuleBasedStateMachine):
         resident = set(slots.resident())
         assert self.pinned <= resident
         assert set(self.users) <= resident
-        assert slots.nbytes <= slots.max_bytes
+        assert slots.nbytes + sum(spare.nbytes for spare in slots._spare) <= slots.max_bytes
+        assert not any(spare.any() for spare in slots._spare)
         assert {d: r.users for d, r in slots._resident.items() if r.users} == dict(self.users)
         for digest, found in slots._resident.items():
             self.seen[digest, id(found.fill)] = found.fill
             if self.users[digest]:
                 assert found.slot >= 0
+        used = {found.fill.buffer.data_ptr() for found in slots._resident.values()}
+        assert len(used) == len(resident)
         for (digest, at), fill in self.seen.items():
             if digest not in resident or id(slots._resident[digest].fill) != at:
-                assert not fill.buffer.any()
+                assert fill.buffer.data_ptr() in used or not fill.buffer.any()
                 assert not fill.words.any()
         published = {r.slot: r.fill for r in slots._resident.values() if r.slot >= 0}
         for slot, address in enumerate(slots.table.pointers.tolist()):
