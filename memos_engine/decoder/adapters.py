@@ -112,7 +112,7 @@ class AdapterSlots:
             fill: LoraFill | None
             if isinstance(modules, PackedModules):
                 self._make_room(self._bytes_of(modules.layout))
-                buffer = self._spare_of(modules.layout.size)
+                buffer = self._spare_of(modules.layout)
                 fill = fill_from(
                     modules.layout, modules.flat, self.spec.num_layers, self.dtype, self.device, buffer
                 )
@@ -120,7 +120,7 @@ class AdapterSlots:
                 deltas = {key: (m.a.detach(), m.b.detach(), m.scale) for key, m in modules.items()}
                 layout = LoraLayout.of(deltas)
                 self._make_room(self._bytes_of(layout))
-                buffer = self._spare_of(layout.size)
+                buffer = self._spare_of(layout)
                 fill = pack(deltas, self.spec.num_layers, self.dtype, self.device, buffer)
                 fill = fill if all_finite(fill.buffer) else None
             if fill is None:
@@ -227,15 +227,15 @@ class AdapterSlots:
             f"All {len(self.table.fills)} adapter slots are in use; wait for a request to end."
         )
 
-    def _spare_of(self, size: int) -> Tensor | None:
-        """Zeros of this size that an adapter left; where there are none, others go until new ones fit."""
-        for place, spare in enumerate(self._spare):
-            if spare.numel() == size:
-                return self._spare.pop(place)
-        room = self.max_bytes - self.nbytes - size * self.dtype.itemsize
-        while self._spare and sum(s.nbytes for s in self._spare) > room:
+    def _spare_of(self, layout: LoraLayout) -> Tensor | None:
+        """Zeros of this size that an adapter left, if there are any; of the others, those stay for which
+        there is room beside it."""
+        place = next((i for i, spare in enumerate(self._spare) if spare.numel() == layout.size), None)
+        found = None if place is None else self._spare.pop(place)
+        room = self.max_bytes - self.nbytes - self._bytes_of(layout)
+        while self._spare and sum(spare.nbytes for spare in self._spare) > room:
             self._spare.pop(0)
-        return None
+        return found
 
     def _make_room(self, size: int) -> None:
         idle = [d for d, r in self._resident.items() if not r.users and not r.pinned]
