@@ -76,8 +76,8 @@ def theirs(model, prompt):
 
 @pytest.mark.smollm2
 def test_bfloat16_of_the_real_model_is_pefts(smollm2_path):
-    """Truth is PEFT in float32 on the same rounded numbers. Seen here: ours 1.0e-2 from it, PEFT's own bfloat16
-    2.0e-2 unmerged and 2.2e-2 merged; of 24 prompts, in the median, 9.5e-3 and 1.1e-2."""
+    """Truth is PEFT in float32 on the same rounded numbers. Seen here: ours 1.0e-2 from it, PEFT's own
+    bfloat16 2.0e-2 unmerged and 2.2e-2 merged; of 24 prompts, in the median, 9.5e-3 and 1.1e-2."""
     from transformers import AutoModelForCausalLM
 
     short = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.bfloat16).eval()
