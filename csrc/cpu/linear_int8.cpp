@@ -11,6 +11,8 @@ namespace memos_engine {
 namespace ME_LEVEL {
 namespace {
 
+constexpr int64_t kAhead = 6144;  // bytes that weights are asked for in advance: the best on Zen 4
+
 // How a row of x is kept: kParts times padded elements, then the float that its sums are multiplied by.
 struct Floats {
     typedef float Element;
@@ -60,7 +62,7 @@ ME_INLINE void dots(const Linear& a, const int8_t* w, const float* x, F* total) 
         for (int r = 0; r < R; ++r) sum[r] += weights * load(row_of<Floats>(x, a, r) + i);
     };
     for (; i + kWidth <= a.inputs; i += kWidth) {
-        __builtin_prefetch((const char*)w + i + 4096, 0, 2);
+        __builtin_prefetch((const char*)w + i + kAhead, 0, 2);
         step(widened(w + i, kWidth));
     }
     if (i < a.inputs) step(widened(w + i, a.inputs - i));
@@ -119,7 +121,7 @@ ME_INLINE void dots(const Linear& a, const int8_t* w, const uint8_t* packed, F* 
     const int64_t size = padded<Bytes>(a);
     const auto step = [&](int64_t i, __m512i weights) {
         // Ahead of the hardware prefetcher, which stops at every page.
-        __builtin_prefetch((const char*)w + i + 4096, 0, 2);
+        __builtin_prefetch((const char*)w + i + kAhead, 0, 2);
         ones = dot(ones, _mm512_set1_epi8(1), weights);
         for (int r = 0; r < R; ++r) {
             const uint8_t* x = row_of<Bytes>(packed, a, r) + i;
