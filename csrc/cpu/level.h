@@ -2,8 +2,6 @@
 // are compiled once per level define these; planning, checks and threads are in files compiled once.
 #pragma once
 
-#include <atomic>
-
 #include "memos_engine/kernels.h"
 
 namespace memos_engine {
@@ -54,8 +52,6 @@ struct AddRows {
     int64_t tokens, to_token, from_token;
 };
 
-static inline int64_t lora_mid_row(int64_t rank) { return (rank + 15) / 16 * 16; }
-
 // Rows of one adapter, and what a delta makes of them. `mid` [rows][mid_row] is between a and b, in the
 // level's own form. One line: a step reads hundreds of these, each once, and comes to the delta's own bytes
 // through it.
@@ -68,26 +64,8 @@ struct alignas(64) LoraWork {
     float scale;  // of the delta and of the segment
     DType dtype;
 
-    int64_t mid_row() const { return lora_mid_row(rank); }
+    int64_t mid_row() const { return (rank + 15) / 16 * 16; }
 };
-
-constexpr int64_t kLoraFewRows = 8;  // up to here a product may add the deltas of its rows itself
-
-// What a delta adds to one row of a product: b times row `row` of `mid`.
-struct LoraRow {
-    const void* b;  // null: nothing
-    const float* mid;
-    int32_t rank, row;
-};
-
-struct LoraBeside {
-    const LoraRow* rows;  // [tokens]
-    const std::atomic<int64_t>* shrunk;
-    int64_t shrinks;
-};
-
-// Returns when every `mid` has been made.
-void lora_await(const LoraBeside&);
 
 struct Level {
     // `scratch` holds as many bytes as the function's own `..._scratch(head_dim)` says.
@@ -107,7 +85,6 @@ struct Level {
     void (*add_rows)(const AddRows&, int64_t column, int64_t column_end);
     int64_t (*linear_scratch)(const Linear&);
     void (*linear_pack)(const Linear&, void* packed);  // x in the form that `linear` reads
-    bool (*linear_takes_lora)(const Linear&);
     void (*linear)(const Linear&, const void* packed, int64_t output, int64_t output_end);
     int64_t (*lora_scratch)(const LoraWork&);
     // mid = scale * a x, for a range of ranks.

@@ -2,7 +2,6 @@
 // where it lies. With a few dozen rows the products count as well: in bfloat16 see linear_tiles.h.
 #include "dot.h"
 #include "linear_tiles.h"
-#include "lora_row.h"
 
 namespace memos_engine {
 namespace ME_LEVEL {
@@ -21,29 +20,24 @@ ME_INLINE void dots(const Linear& a, const typename S::T* w, const typename Dot<
     typedef Dot<S> D;
     constexpr int64_t kStep = D::kElements;
     constexpr int U = R <= 2 ? 4 : R <= 4 ? 2 : 1;
-    constexpr int kAhead = R <= 2 ? 2048 : 6144;  // bytes: the best on Zen 4, which is up to 20 % better
+    constexpr int64_t kAhead = R <= 2 ? 2048 : 6144;  // bytes; the best on Zen 4
     const int64_t row = padded(a);
     F acc[U][R] = {};
     int64_t i = 0;
     for (; i + U * kStep <= a.inputs; i += U * kStep) {
-#pragma GCC unroll 4
         for (int u = 0; u < U; ++u) {
             const auto* at = w + i + u * kStep;
             // Ahead of the hardware prefetcher, which stops at every page.
             __builtin_prefetch((const char*)at + kAhead, 0, 2);
             const auto weights = D::load(at);
-#pragma GCC unroll 8
             for (int r = 0; r < R; ++r) acc[u][r] = D::add(acc[u][r], weights, x + r * row + i + u * kStep);
         }
     }
     for (; i < a.inputs; i += kStep) {
         const auto weights = a.inputs - i >= kStep ? D::load(w + i) : D::load_part(w + i, a.inputs - i);
-#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) acc[0][r] = D::add(acc[0][r], weights, x + r * row + i);
     }
-#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
         for (int u = 1; u < U; ++u) acc[0][r] += acc[u][r];
         total[r * kWidth] = acc[0][r];
     }
@@ -52,23 +46,18 @@ ME_INLINE void dots(const Linear& a, const typename S::T* w, const typename Dot<
 // Up to eight rows of x: the weights are a single stream, which memory delivers fastest, and kWidth outputs
 // are summed across lanes together.
 template <class S, int R>
-void stream(const Linear& a, const typename Dot<S>::P* x, int64_t begin, int64_t end) {
+void stream(const Linear& a, const typename Dot<S>::P* x, int64_t n, int64_t end) {
     typedef typename S::T T;
     const T* w = (const T*)a.weight;
     T* out = (T*)a.out;
-    Deltas<S, R> deltas{a.lora};
-    for (int64_t n = begin; n < end; n += kWidth) {
-        const bool block = a.lora && n % kLoraBlock == 0;
-        if (block) deltas.fetch(n);
+    for (; n < end; n += kWidth) {
         F total[R][kWidth];
         const int64_t some = end - n < kWidth ? end - n : kWidth;
         for (int64_t c = 0; c < some; ++c) dots<S, R>(a, w + (n + c) * a.weight_row, x, &total[0][c]);
         for (int r = 0; r < R; ++r)
             for (int64_t c = some; c < kWidth; ++c) total[r][c] = F{};
-        if (block) deltas.make(n);
         for (int r = 0; r < R; ++r) {
-            F y = sums(total[r]);
-            if (a.lora && a.lora->rows[r].b) y += deltas.of[r][n % kLoraBlock / kWidth];
+            const F y = sums(total[r]);
             if (some == kWidth)
                 S::store(out + r * a.out_token + n, y);
             else
@@ -122,7 +111,7 @@ void rows(const Linear& a, const typename Dot<S>::P* x, typename S::T* out, int6
 template <class S>
 void range(const Linear& a, const void* packed, int64_t n, int64_t end) {
     typedef typename Dot<S>::P P;
-    if (a.tokens <= kLoraFewRows)
+    if (a.tokens <= 8)
         return with_rows(a.tokens, [&](auto r) { stream<S, r()>(a, (const P*)packed, n, end); });
     for (int64_t group; n < end; n = group) {
         group = n + 16 < end ? n + 16 : end;
@@ -151,11 +140,6 @@ void linear_pack(const Linear& a, void* packed) {
             D::pack((typename D::P*)packed + r * padded(a), (const T*)a.x + r * a.x_token, a.inputs,
                     padded(a));
     });
-}
-
-// The deltas of one row alone cost less behind its product (measured) than in it.
-bool linear_takes_lora(const Linear& a) {
-    return a.tokens > 1 && a.tokens <= kLoraFewRows && !a.scale && !linear_tiles_fits(a);
 }
 
 void linear(const Linear& a, const void* packed, int64_t output, int64_t output_end) {

@@ -11,7 +11,7 @@ namespace memos_engine {
 namespace ME_LEVEL {
 namespace {
 
-constexpr int64_t kAhead = 6144;  // bytes that weights are asked for in advance: the best on Zen 4
+constexpr int64_t kAhead = 6144;  // bytes that weights are asked for in advance; the best on Zen 4
 
 // How a row of x is kept: kParts times padded elements, then the float that its sums are multiplied by.
 struct Floats {

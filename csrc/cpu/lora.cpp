@@ -3,13 +3,27 @@
 // A row's sums do not depend on the rows beside it: they are the same bits in any batch.
 #include "dot.h"
 #include "level.h"
-#include "lora_row.h"
 
 namespace memos_engine {
 namespace ME_LEVEL {
 namespace {
 
 constexpr int kGroup = 4;  // rows whose sums are in registers together
+
+// How `mid` is kept: as what meets b.
+template <class S>
+struct Mid {
+    typedef float T;
+    static ME_INLINE T of(float x) { return x; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Mid<BFloat16> {
+    typedef uint16_t T;
+    static ME_INLINE T of(float x) { return (T)BFloat16::round(splat(x))[0]; }
+};
+#endif
 
 template <class S>
 ME_INLINE int64_t padded(const LoraWork& a) {
@@ -19,8 +33,7 @@ ME_INLINE int64_t padded(const LoraWork& a) {
 
 // C rows of a by R rows of x.
 template <class S, int R, int C>
-ME_INLINE void block(const LoraWork& a, const typename Dot<S>::P* const* x, int64_t row, int64_t rank,
-                     bool more) {
+ME_INLINE void block(const LoraWork& a, const typename Dot<S>::P* const* x, int64_t row, int64_t rank) {
     typedef Dot<S> D;
     constexpr int64_t kStep = D::kElements;
     const typename S::T* w = (const typename S::T*)a.a + rank * a.inputs;
@@ -28,7 +41,6 @@ ME_INLINE void block(const LoraWork& a, const typename Dot<S>::P* const* x, int6
     int64_t i = 0;
     for (; i + kStep <= a.inputs; i += kStep) {
         for (int c = 0; c < C; ++c) {
-            if (more) __builtin_prefetch(w + (C + c) * a.inputs + i, 0, 2);  // what the next block reads
             const auto weights = D::load(w + c * a.inputs + i);
             for (int r = 0; r < R; ++r) acc[c][r] = D::add(acc[c][r], weights, x[r] + i);
         }
@@ -64,8 +76,8 @@ void shrink(const LoraWork& a, int64_t begin, int64_t end, void* scratch) {
         with_rows(n, [&](auto r) {
             constexpr int R = r() < kGroup ? r() : kGroup;
             int64_t rank = begin;
-            for (; rank + 4 <= end; rank += 4) block<S, R, 4>(a, x, row, rank, rank + 8 <= end);
-            for (; rank < end; ++rank) block<S, R, 1>(a, x, row, rank, false);
+            for (; rank + 4 <= end; rank += 4) block<S, R, 4>(a, x, row, rank);
+            for (; rank < end; ++rank) block<S, R, 1>(a, x, row, rank);
             typename Mid<S>::T* mid = (typename Mid<S>::T*)a.mid + row * a.mid_row();
             for (int r = 0; r < R && end == a.rank && end % 2; ++r)
                 mid[r * a.mid_row() + end] = 0;  // the other half of the last pair

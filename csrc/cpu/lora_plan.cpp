@@ -35,21 +35,21 @@ void LoraStage::shrink(int64_t item, const void* x, const Level& level) const {
     level.lora_shrink(work, chunk.rank, chunk.rank_end, thread_scratch(level.lora_scratch(work)));
 }
 
-void LoraStage::fetch(int which, int64_t output) const {
-    const int32_t begin = first_[which], end = std::min(begin + kAhead, first_[which + 1]);
+void LoraStage::fetch(int which, int count, int64_t output) const {
+    const int32_t begin = first_[which], end = std::min(begin + kAhead, first_[which + count]);
     for (int32_t i = begin; i < end; ++i) fetch_block(deltas_[i], output);
 }
 
-void LoraStage::expand(int which, void* out, int64_t out_token, int64_t output, int64_t output_end,
-                       const Level& level) const {
-    const int32_t end = first_[which + 1];
-    for (int32_t i = first_[which]; i < end; ++i) {
-        if (i + kAhead < end) fetch_block(deltas_[i + kAhead], output);
-        level.lora_expand(deltas_[i], out, out_token, output, output_end);
+void LoraStage::expand(int which, int count, void* const* out, int64_t out_token, int64_t output,
+                       int64_t output_end, const Level& level) const {
+    const int32_t end = first_[which + count];
+    for (int p = 0; p < count; ++p) {
+        for (int32_t i = first_[which + p]; i < first_[which + p + 1]; ++i) {
+            if (i + kAhead < end) fetch_block(deltas_[i + kAhead], output);
+            level.lora_expand(deltas_[i], out[p], out_token, output, output_end);
+        }
     }
 }
-
-void lora_await(const LoraBeside& beside) { Team::await(*beside.shrunk, beside.shrinks); }
 
 Status LoraPlan::check(const LoraRows& rows, int64_t tokens) {
     if (rows.segments <= 0) return Status::ok;
@@ -64,12 +64,12 @@ Status LoraPlan::check(const LoraRows& rows, int64_t tokens) {
 }
 
 void LoraPlan::clear() {
-    deltas_.clear(), chunks_.clear(), rows_.clear(), ends_.clear();
+    deltas_.clear(), chunks_.clear(), ends_.clear();
     floats_ = 0;
 }
 
 void LoraPlan::add(const LoraRows& rows, int64_t layer, const int* parts, int count, DType dtype,
-                   int64_t tokens, int64_t inputs, int64_t x_token) {
+                   int64_t inputs, int64_t x_token) {
     const size_t first = deltas_.size();
     int64_t floats = 0;
     End end = {};
@@ -80,51 +80,38 @@ void LoraPlan::add(const LoraRows& rows, int64_t layer, const int* parts, int co
             if (!slot) continue;
             const LoraPart* part = slot + layer * kLoraParts + parts[which];
             if (part->rank <= 0) continue;
+            const int32_t delta = (int32_t)(deltas_.size() - first);
             LoraWork work = {
                 part->a,    part->b,       nullptr,         rows.order + begin, nullptr,
                 part->rank, (int32_t)size, (int32_t)inputs, (int32_t)x_token,   part->scale * rows.scale[i],
                 dtype};
             floats += size * work.mid_row();
-            const int32_t delta = (int32_t)(deltas_.size() - first);
             deltas_.push_back(work);
             for (int32_t rank = 0; rank < part->rank; rank += kRanks)
                 chunks_.push_back({delta, rank, std::min(part->rank, rank + kRanks)});
         }
         for (int p = which + 1; p <= kLoraShared; ++p) end.first[p] = (int32_t)(deltas_.size() - first);
     }
-    end.tokens = tokens <= kLoraFewRows && deltas_.size() > first ? tokens : 0;
-    rows_.resize(rows_.size() + (size_t)(count * end.tokens));
-    end.deltas = deltas_.size(), end.chunks = chunks_.size(), end.rows = rows_.size();
+    end.deltas = deltas_.size(), end.chunks = chunks_.size();
     ends_.push_back(end);
     floats_ = std::max(floats_, floats);
 }
 
 void LoraPlan::place(float* mid) {
-    size_t at = 0, row = 0;
+    size_t at = 0;
     for (const End& end : ends_) {
-        float* to = mid;
-        for (int which = 0; which < kLoraShared; ++which) {
-            for (int32_t i = end.first[which]; i < end.first[which + 1]; ++i, ++at) {
-                LoraWork& work = deltas_[at];
-                work.mid = to;
-                to += work.count * work.mid_row();
-                for (int32_t j = 0; end.tokens && j < work.count; ++j)
-                    rows_[row + (size_t)(which * end.tokens + work.rows[j])] = {work.b, work.mid, work.rank,
-                                                                                j};
-            }
+        for (float* to = mid; at < end.deltas; ++at) {
+            LoraWork& work = deltas_[at];
+            work.mid = to;
+            to += work.count * work.mid_row();
         }
-        row = end.rows;
     }
 }
 
 LoraStage LoraPlan::stage(size_t index) const {
     const End before = index ? ends_[index - 1] : End{};
     const End& end = ends_[index];
-    return {deltas_.data() + before.deltas,
-            chunks_.data() + before.chunks,
-            rows_.data() + before.rows,
-            end.tokens,
-            end.first,
+    return {deltas_.data() + before.deltas, chunks_.data() + before.chunks, end.first,
             (int64_t)(end.chunks - before.chunks)};
 }
 
@@ -132,7 +119,7 @@ Status lora_apply(const Lora& a, int threads) {
     if (a.rows.layers > 0 && (a.layer < 0 || a.layer >= a.rows.layers)) return Status::bad_lora_rows;
     if (const Status status = LoraPlan::check(a.rows, a.tokens); status != Status::ok) return status;
     LoraPlan plan;
-    plan.add(a.rows, a.layer, a.part, a.parts, a.dtype, a.tokens, a.inputs, a.x_token);
+    plan.add(a.rows, a.layer, a.part, a.parts, a.dtype, a.inputs, a.x_token);
     const LoraStage stage = plan.stage(0);
     if (stage.empty()) return Status::ok;
     std::vector<float> mid((size_t)plan.floats());
@@ -147,7 +134,7 @@ Status lora_apply(const Lora& a, int threads) {
         while (item >= first[p + 1]) ++p;
         const int64_t begin = (item - first[p]) * kOutputs, end = std::min(a.outputs[p], begin + kOutputs);
         for (int64_t o = begin; o < end; o += kLoraBlock)
-            stage.expand(p, a.out[p], a.out_token[p], o, std::min(end, o + kLoraBlock), level);
+            stage.expand(p, 1, &a.out[p], a.out_token[p], o, std::min(end, o + kLoraBlock), level);
     });
     return Status::ok;
 }

@@ -2,6 +2,7 @@
 #include "memos_engine/stack.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <map>
 
 #include "attention_plan.h"
@@ -73,8 +74,7 @@ class Forward {
             const int64_t inputs = group == 1 ? q : group == 3 ? s_.inner : s_.hidden;
             int parts[3];
             for (int p = 0; p < kGroupSize[group]; ++p) parts[p] = kGroupFirst[group] + p;
-            plan_.add(c_.lora, (int64_t)i / kLoraGroups, parts, kGroupSize[group], s_.dtype, c_.tokens,
-                      inputs, inputs);
+            plan_.add(c_.lora, (int64_t)i / kLoraGroups, parts, kGroupSize[group], s_.dtype, inputs, inputs);
         }
         plan_.place((float*)mid_.claim(plan_.floats() * (int64_t)sizeof(float)));
         lora_.reserve(count);
@@ -124,7 +124,9 @@ class Forward {
             stage(q_items + 2 * kv_items, [&](int64_t item) {
                 const auto one = [&](int which, const void* weight, const float* scale, const void* bias,
                                      char* out, int64_t outputs, int64_t at) {
-                    product(x, weight, scale, bias, out, s_.hidden, outputs, at, lora, which);
+                    fetch(lora, which, 1, at);
+                    product(x, weight, scale, bias, out, s_.hidden, outputs, at);
+                    expand(lora, which, {out}, outputs, at);
                 };
                 if (item < q_items) return one(0, layer.q, layer.q_scale, layer.q_bias, q_, q, item);
                 item -= q_items;
@@ -192,37 +194,42 @@ class Forward {
         return packed;
     }
 
-    // With the deltas of projection `which` of a stage, where there is one.
     void product(const char* x, const void* weight, const float* scale, const void* bias, void* out,
-                 int64_t inputs, int64_t outputs, int64_t item, const LoraStage* lora, int which) const {
+                 int64_t inputs, int64_t outputs, int64_t item) const {
         const int64_t begin = item * kOutputs, end = std::min(outputs, begin + kOutputs);
-        Linear args = linear(nullptr, weight, scale, out, inputs, outputs);
-        LoraBeside beside;
-        const bool within = lora && level_.linear_takes_lora(args);
-        if (lora) {
-            beside = {lora->rows(which), &shrunk_[(size_t)(lora - lora_.data())], lora->shrinks()};
-            if (within) args.lora = &beside;
-            if (!within) lora->fetch(which, begin);
-        }
-        level_.linear(args, x, begin, end);
-        if (lora && !within) {
-            lora_await(beside);
-            lora->expand(which, out, outputs, begin, end, level_);
-        }
+        level_.linear(linear(nullptr, weight, scale, out, inputs, outputs), x, begin, end);
         if (bias) level_.add_rows({out, bias, s_.dtype, c_.tokens, outputs, 0}, begin, end);
+    }
+
+    void fetch(const LoraStage* lora, int which, int count, int64_t item) const {
+        if (lora) lora->fetch(which, count, item * kOutputs);
+    }
+
+    // Adds deltas to the products of all tokens with projections from `which` on.
+    void expand(const LoraStage* lora, int which, std::initializer_list<void*> out, int64_t outputs,
+                int64_t item) const {
+        if (!lora) return;
+        Team::await(shrunk_[(size_t)(lora - lora_.data())], lora->shrinks());
+        const int64_t begin = item * kOutputs;
+        const int count = (int)out.size();
+        lora->expand(which, count, out.begin(), outputs, begin, std::min(outputs, begin + kOutputs), level_);
     }
 
     // A product that goes into the residual stream.
     void added(const char* x, const void* weight, const float* scale, int64_t inputs, const LoraStage* lora,
                int64_t item) const {
-        product(x, weight, scale, nullptr, y_, inputs, s_.hidden, item, lora, 0);
+        fetch(lora, 0, 1, item);
+        product(x, weight, scale, nullptr, y_, inputs, s_.hidden, item);
+        expand(lora, 0, {y_}, s_.hidden, item);
         const int64_t begin = item * kOutputs, end = std::min(s_.hidden, begin + kOutputs);
         level_.add_rows({c_.hidden, y_, s_.dtype, c_.tokens, s_.hidden, s_.hidden}, begin, end);
     }
 
     void gated(const char* x, const StackLayer& layer, const LoraStage* lora, int64_t item) const {
-        product(x, layer.gate, layer.gate_scale, nullptr, gate_, s_.hidden, s_.inner, item, lora, 0);
-        product(x, layer.up, layer.up_scale, nullptr, up_, s_.hidden, s_.inner, item, lora, 1);
+        fetch(lora, 0, 2, item);
+        product(x, layer.gate, layer.gate_scale, nullptr, gate_, s_.hidden, s_.inner, item);
+        product(x, layer.up, layer.up_scale, nullptr, up_, s_.hidden, s_.inner, item);
+        expand(lora, 0, {gate_, up_}, s_.inner, item);
         const int64_t begin = item * kOutputs, width = std::min(s_.inner, begin + kOutputs) - begin;
         const int64_t at = begin * element_;
         const SiluMul args = {gate_ + at, up_ + at, act_ + at, s_.dtype, c_.tokens,

@@ -22,7 +22,6 @@ void silu_mul(const SiluMul&, int64_t, int64_t);
 void add_rows(const AddRows&, int64_t, int64_t);
 int64_t linear_scratch(const Linear&);
 void linear_pack(const Linear&, void*);
-bool linear_takes_lora(const Linear&);
 void linear(const Linear&, const void*, int64_t, int64_t);
 int64_t lora_scratch(const LoraWork&);
 void lora_shrink(const LoraWork&, int64_t, int64_t, void*);
@@ -32,11 +31,11 @@ bool lora_copy(const void*, void*, int64_t, DType, DType);
 
 extern const Level level;
 const Level level = {
-    attention,         attention_decode, attention_merge, attention_scratch, decode_scratch,
-    probe_scratch,     probe_pack,       probe,           write_kv,          rope,
-    rms_norm,          silu_mul,         add_rows,        linear_scratch,    linear_pack,
-    linear_takes_lora, linear,           lora_scratch,    lora_shrink,       lora_expand,
-    lora_pack,         lora_copy,
+    attention,     attention_decode, attention_merge, attention_scratch, decode_scratch,
+    probe_scratch, probe_pack,       probe,           write_kv,          rope,
+    rms_norm,      silu_mul,         add_rows,        linear_scratch,    linear_pack,
+    linear,        lora_scratch,     lora_shrink,     lora_expand,       lora_pack,
+    lora_copy,
 };
 
 }  // namespace ME_LEVEL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 
 import pytest
 import torch
@@ -74,10 +75,35 @@ def theirs(model, prompt):
         return model(torch.tensor([[*prompt, 7]])).logits[0, -2:].double()
 
 
+def prompts(count):
+    make = torch.Generator().manual_seed(5)
+    return [torch.randint(100, 40_000, (40,), generator=make).tolist() for _ in range(count)]
+
+
+@pytest.mark.smollm2
+def test_float32_of_the_real_model_is_pefts(smollm2_path):
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32).eval()
+    spec = ModelSpec.from_config(hf.config, type(hf).__name__)
+    weights = Weights.from_model(copy.deepcopy(hf), spec)
+    one = adapter_for(weights, 1, dtype=torch.float32)
+    engine = DecoderEngine(spec, weights, DecoderConfig(dtype="float32"))
+    unmerged = with_peft(copy.deepcopy(hf), one)
+    merged = with_peft(hf, one).merge_and_unload()
+    ours = [(prompt, logits(engine, prompt, one)) for prompt in prompts(6)]
+    worst = {
+        name: max(error(found, theirs(model, prompt)) for prompt, found in ours)
+        for name, model in (("unmerged", unmerged), ("merged", merged))
+    }
+    print(f"worst of {len(ours)} prompts: {worst}")
+    assert max(worst.values()) <= 1e-5
+
+
 @pytest.mark.smollm2
 def test_bfloat16_of_the_real_model_is_pefts(smollm2_path):
-    """Truth is PEFT in float32 on the same rounded numbers. Seen here: ours 1.0e-2 from it, PEFT's own
-    bfloat16 2.0e-2 unmerged and 2.2e-2 merged; of 24 prompts, in the median, 9.5e-3 and 1.1e-2."""
+    """Truth is PEFT in float32 on the same rounded numbers; one prompt is mostly bfloat16's own noise,
+    so medians are compared. Seen: docs/parameter-memory.md."""
     from transformers import AutoModelForCausalLM
 
     short = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.bfloat16).eval()
@@ -92,15 +118,28 @@ def test_bfloat16_of_the_real_model_is_pefts(smollm2_path):
         engine.adapters.evict(digest)
     assert torch.equal(logits(engine, PROMPT, one), ours)
     assert error(swapped, ours) > 0.05
-    base = theirs(short, PROMPT)
-    truth = theirs(with_peft(copy.deepcopy(short).float(), one), PROMPT)
-    unmerged = theirs(with_peft(copy.deepcopy(short), one), PROMPT)
-    merged = theirs(with_peft(short, one).merge_and_unload(), PROMPT)
-    noise = max(error(unmerged, truth), error(merged, truth))
-    print(f"ours {error(ours, truth):.2e}; unmerged {error(unmerged, truth):.2e}, merged")
-    print(f"{error(merged, truth):.2e}; ours to unmerged {error(ours, unmerged):.2e}")
-    assert error(base, truth) > 4 * noise  # the adapter matters more than the rounding
-    assert error(ours, truth) <= max(1e-2, noise)
+    plain = copy.deepcopy(short).float()
+    truth = with_peft(copy.deepcopy(plain), one)
+    unmerged = with_peft(copy.deepcopy(short), one)
+    merged = with_peft(copy.deepcopy(short), one).merge_and_unload()
+    errors: dict[str, list[float]] = {}
+    for prompt in prompts(24):
+        right, base = theirs(truth, prompt), theirs(plain, prompt)
+        for name, found, wanted in (
+            ("ours", logits(engine, prompt, one), right),
+            ("unmerged", theirs(unmerged, prompt), right),
+            ("merged", theirs(merged, prompt), right),
+            ("ours, no adapter", logits(engine, prompt, None), base),
+            ("transformers, no adapter", theirs(short, prompt), base),
+            ("what the adapter changes", base, right),
+        ):
+            errors.setdefault(name, []).append(error(found, wanted))
+    middle = {name: statistics.median(seen) for name, seen in errors.items()}
+    for name, seen in errors.items():
+        print(f"{name}: median {middle[name]:.2e}, worst {max(seen):.2e}")
+    noise = max(middle["unmerged"], middle["merged"])
+    assert middle["what the adapter changes"] > 4 * noise
+    assert middle["ours"] <= max(1e-2, noise)
 
 
 @pytest.mark.skipif(backend_for("cpu") is reference, reason="native code was not built")

@@ -122,8 +122,6 @@ struct SiluMul {
     int64_t tokens, width, gate_token, up_token, out_token;
 };
 
-struct LoraBeside;
-
 // out[t, n] = sum over i of x[t, i] * weight[n, i]; with `scale` [outputs], weight is int8 and the sum is
 // multiplied by scale[n].
 struct Linear {
@@ -133,7 +131,6 @@ struct Linear {
     DType dtype;
     int64_t tokens, inputs, outputs, x_token, weight_row, out_token;
     const float* scale = nullptr;
-    const LoraBeside* lora = nullptr;  // deltas that are added before rounding, where the kernel takes them
 };
 
 constexpr int64_t kLoraBlock = 32;  // outputs of b that lie together
