@@ -1,5 +1,5 @@
 """Deltas in the native layer stack: every request of a batch against float64 with its delta in the weights,
-at every level, for few rows (whose products add deltas themselves) and more."""
+at every level, for one row and for many."""
 
 from __future__ import annotations
 
